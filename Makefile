@@ -1,0 +1,47 @@
+# make demo   watch K-FAC train beside SGD and AdamW (under a minute)
+# make test   the whole test suite
+# make check  what has to hold before a change lands: lint, types, imports, tests
+# Each door makes its own virtual environment; Python >= 3.11 and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/kfac-torch demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --doctest-modules -q
+
+check: $(VENV)/.dev lint
+	$(MAKE) test VENV=$(VENV)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyrefly check
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/patch_moments.py
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kfac-torch needs Python >= 3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .ci-venv .pytest_cache .ruff_cache .hypothesis

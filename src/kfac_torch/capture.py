@@ -1,0 +1,193 @@
+"""Run a model and hand back (input, output) of every layer call; owns every hook.
+
+Notation: `a` a layer call's input, `s` its output, `z` the network output. The root
+module's forward starts a tape, each layer's forward writes a call on it, the root's end
+hands the tape on; gradients with respect to every `s` are then one
+`torch.autograd.grad`, without weight gradients and without touching any `.grad`. An
+output is held as its edge in the graph, which survives an in-place activation behind it.
+
+Nothing is recorded in `eval` mode, under `torch.no_grad`, while `enabled()` is false, or
+under `functional_call`. The hooks hold the capture weakly: they leave with it, or with
+`close()`, and do nothing on a copy of the model. Left out: what is done with the tape.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+@dataclass
+class LayerCall:
+    """One call of one layer.
+
+    Args:
+        layer: its name.
+        input: `a`, detached.
+        output: the place of `s` in the graph; None where the user's backward is watched.
+        version: of the input, to see whether it is overwritten later.
+        grads: gradients at `s`, one per source, as far as they are known.
+    """
+
+    layer: str
+    input: Tensor
+    output: GradientEdge | None
+    version: int
+    grads: list[Tensor] = field(default_factory=list)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the input was overwritten after the call."""
+        if self.input._version != self.version:
+            raise RuntimeError(
+                f"layer {self.layer}: its input was changed in place after the call; "
+                "expected it to be as the layer saw it. Use an out-of-place operation"
+            )
+
+
+class _Hook:
+    """A hook that holds its capture and module weakly, and is inert on a copy of them."""
+
+    def __init__(self, capture: Capture, module: nn.Module, method: str) -> None:
+        self._capture = weakref.ref(capture)
+        self._module = weakref.ref(module)
+        self._method = method
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        capture = self._capture()
+        if capture is not None and module is self._module():
+            getattr(capture, self._method)(module, *args)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _inert_hook, ()  # for copy and pickle
+
+
+def _inert_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    pass
+
+
+class Capture:
+    """Record the calls of some layers during a forward of the root module.
+
+    Args:
+        model: the root module.
+        layers: the modules to record, by name.
+        on_forward: called at the end of every forward with gradients enabled, with the
+            root's output and the calls (none in `eval` mode or while `enabled()` is
+            false).
+        enabled: whether calls are to be recorded.
+        watch_grads: keep the gradients that the user's own backward brings, rather than
+            the places of the outputs in the graph.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+    >>> tapes = []
+    >>> capture = Capture(model, {"0": model[0]}, lambda z, calls: tapes.append(calls))
+    >>> _ = model(torch.ones(4, 2))
+    >>> tapes[0][0].layer, tuple(tapes[0][0].input.shape)
+    ('0', (4, 2))
+    >>> capture.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        on_forward: Callable[[Any, list[LayerCall]], None],
+        enabled: Callable[[], bool] = lambda: True,
+        watch_grads: bool = False,
+    ) -> None:
+        self._on_forward = on_forward
+        self._enabled = enabled
+        self._watch_grads = watch_grads
+        self._tape: list[LayerCall] | None = None
+        self._layers = {
+            layer: (name, next(layer.parameters(), None)) for name, layer in layers.items()
+        }
+        # The layers' hooks first: the root may itself be a layer. They are prepended, to
+        # see the output before a hook of the user changes it.
+        handles = [
+            layer.register_forward_hook(
+                _Hook(self, layer, "_record"), prepend=True, with_kwargs=True
+            )
+            for layer in layers.values()
+        ]
+        handles += [
+            model.register_forward_pre_hook(_Hook(self, model, "_start")),
+            model.register_forward_hook(_Hook(self, model, "_end"), always_call=True),
+        ]
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self._finalizer()
+
+    def _start(self, model: nn.Module, args: Any) -> None:
+        recording = model.training and torch.is_grad_enabled() and self._enabled()
+        self._tape = [] if recording else None
+
+    def _record(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        name, param = self._layers[layer]
+        # Under `functional_call` the layer computes with other parameters than its own.
+        if self._tape is None or next(layer.parameters(), None) is not param:
+            return
+        a = args[0] if args else kwargs.get("input")
+        if not isinstance(a, Tensor) or not isinstance(output, Tensor):
+            return
+        if not output.requires_grad:
+            return
+        edge = None if self._watch_grads else get_gradient_edge(output)
+        call = LayerCall(name, a.detach(), edge, a._version)
+        if self._watch_grads:
+            watch_gradient(output, call.grads.append)
+        self._tape.append(call)
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        calls, self._tape = self._tape or [], None
+        failed = output is None  # the forward raised
+        if torch.is_grad_enabled() and not failed:
+            self._on_forward(output, calls)
+
+
+def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def watch_gradient(tensor: Tensor, keep: Callable[[Tensor], None]) -> None:
+    """Hand every gradient that a backward brings to `tensor` to `keep`.
+
+    A gradient that is itself to be differentiated (a penalty on it, say) is not handed on.
+    """
+
+    def hook(grad: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            keep(grad.detach())
+
+    tensor.register_hook(hook)
+
+
+def output_grads(z: Tensor, grad_z: Tensor, calls: list[LayerCall]) -> list[Tensor | None]:
+    """Return `grad_zᵀ ∂z/∂s` for every call; None where `z` does not depend on it.
+
+    The graph is kept for the user's own backward.
+    """
+    return list(
+        torch.autograd.grad(
+            [z],
+            [call.output for call in calls if call.output is not None],
+            [grad_z],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    )

@@ -1,0 +1,141 @@
+"""Damping: who shares a stored matrix, and how λ is split between Kronecker factors.
+
+Notation: `λ` the damping, in units of the Fisher of the mean loss; `T` the number of
+times a layer's weights are used for one loss term; `A [m, m]`, `G [n, n]` the factors of
+`F = T · A ⊗ G`; `π` the split of Martens & Grosse 2015 (arXiv 1503.05671), section 6.3:
+
+    F_λ = T · (A + π√(λ/T) I) ⊗ (G + √(λ/T)/π I),   π² = (tr A / m) / (tr G / n)
+
+A damping function is a zero-argument callable, or a plain number. Left out: schedules
+and Levenberg-Marquardt, which produce λ and belong above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+DampingFunc: TypeAlias = Callable[[], "Tensor | float"] | float
+
+
+class PackagedFunc:
+    """A damping function with an identity: equal `func_id`s share one stored matrix.
+
+    Args:
+        func: returns the damping, a number or a 0-dim tensor.
+        func_id: hashable, or a tuple of hashables; callables in it are called each time
+            the identity is read.
+
+    >>> PackagedFunc(lambda: 0.1, "weights").func_id
+    ('weights',)
+    """
+
+    def __init__(
+        self, func: Callable[[], Tensor | float], func_id: Hashable | tuple
+    ) -> None:
+        self._func = func
+        self._func_id = func_id if isinstance(func_id, tuple) else (func_id,)
+
+    def __call__(self) -> Tensor | float:
+        """Return the damping."""
+        return self._func()
+
+    @property
+    def func_id(self) -> tuple[Hashable, ...]:
+        """The identity, a tuple."""
+        return tuple(part() if callable(part) else part for part in self._func_id)
+
+
+def damping_id(damping_func: DampingFunc) -> Hashable:
+    """What two damping functions have in common if they share a stored matrix.
+
+    Raises:
+        ValueError: a negative or non-finite number.
+        TypeError: neither a number nor a callable.
+
+    >>> damping_id(0.5) == damping_id(0.5)
+    True
+    >>> damping_id(lambda: 0.5) == damping_id(lambda: 0.5)
+    False
+    """
+    if hasattr(damping_func, "func_id"):
+        func_id = damping_func.func_id
+        return ("id", *(func_id if isinstance(func_id, tuple) else (func_id,)))
+    if callable(damping_func):
+        return ("callable", damping_func)
+    return ("number", check_damping(damping_func))
+
+
+def evaluate_damping(damping_func: DampingFunc, name: str) -> Tensor | float:
+    """Call the function (or take the number) and check the value where that is free.
+
+    A value on an accelerator is not read back to the host.
+    """
+    value = damping_func() if callable(damping_func) else damping_func
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value
+    check_damping(value, f"the damping of {name}")
+    return value
+
+
+def check_damping(value: Tensor | float, what: str = "damping") -> float:
+    """Return `value` as a float, or raise ValueError (TypeError for a non-number)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{what}: expected a non-negative number or a callable that returns one, "
+            f"got {value!r}"
+        ) from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{what}: expected a finite number >= 0, got {number}")
+    return number
+
+
+def normalize_damping(damping: float, num_replications: float) -> float:
+    """Return `λ/T`: so that the block `T · (A + …) ⊗ (G + …)` is damped by λ itself."""
+    return damping / num_replications
+
+
+def compute_pi_tracenorm(left_cov: Tensor, right_cov: Tensor) -> Tensor:
+    """Return `π = sqrt((tr A / m) / (tr G / n))`, 0-dim; 1 where either trace is 0.
+
+    Each side is a matrix `[n, n]`, or a vector `[n]`, the diagonal of one.
+
+    Raises:
+        ValueError: a side is neither.
+
+    >>> compute_pi_tracenorm(torch.diag(torch.tensor([1., 2., 0., 1.])), torch.ones(2, 2))
+    tensor(1.)
+    """
+    left, right = _mean_diagonal(left_cov), _mean_diagonal(right_cov)
+    both = (left > 0) & (right > 0)
+    # `where` twice, so that neither branch divides by zero.
+    return torch.where(both, left / torch.where(both, right, 1), 1.0).sqrt()
+
+
+def _mean_diagonal(cov: Tensor) -> Tensor:
+    if cov.dim() not in (1, 2):
+        raise ValueError(
+            f"pi: expected a matrix [n, n] or a diagonal [n], got shape {tuple(cov.shape)}"
+        )
+    return (cov if cov.dim() == 1 else cov.diagonal()).mean()
+
+
+def compute_pi_adjusted_damping(
+    left_cov: Tensor, right_cov: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Return `(π√λ, √λ/π)`: what is added to the diagonals of `A` and of `G`.
+
+    Args:
+        left_cov: `A [m, m]`, or its diagonal `[m]`.
+        right_cov: `G [n, n]`, or its diagonal `[n]`.
+        damping: λ of the product `A ⊗ G` (of a block with weight sharing: `λ/T`).
+    """
+    pi = compute_pi_tracenorm(left_cov, right_cov)
+    root = math.sqrt(damping)
+    return pi * root, root / pi

@@ -1,0 +1,99 @@
+"""`FullyConnectedKroneckerFactor`: either side of a fully connected layer.
+
+Notation: `X [R, d]` the layer's rows (inputs, or gradients of the summed loss with
+respect to outputs); `C = XᵀX/R`, with a one appended last to each row for a bias
+(Martens & Grosse 2015, arXiv 1503.05671, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import (
+    FactorOptions,
+    TensorLike,
+    append_homog,
+    compute_cov,
+    scope_string_from_params,
+)
+from .inverse_providing import InverseProvidingFactor
+
+
+class FullyConnectedKroneckerFactor(InverseProvidingFactor):
+    """The running second moment `XᵀX/R` of a layer's inputs or output gradients.
+
+    Args:
+        tensors: `[source][tower]`, each `[..., d]`; all leading dimensions are rows.
+        has_bias: append a one, last, to each row.
+        size: `d`; needed only where `tensors` are callables.
+        name: for messages and checkpoints; built from the arguments if None.
+        options: see `FactorOptions`.
+        dtype: of the moment; that of the data, but at least float32, if None.
+        device: of the moment; that of the data if None.
+
+    Raises:
+        ValueError: tensors without a last dimension of size `d`.
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> factor = FullyConnectedKroneckerFactor([[x]], has_bias=True)
+    >>> factor.instantiate_cov_variables()
+    >>> factor.make_covariance_update_op(0.95)()
+    tensor([[ 5.,  7.,  2.],
+            [ 7., 10.,  3.],
+            [ 2.,  3.,  1.]])
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Sequence[TensorLike]],
+        has_bias: bool = False,
+        *,
+        size: int | None = None,
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if name is None:
+            flat = [tensor for towers in tensors for tensor in towers]
+            name = "ff_fckron_" + scope_string_from_params([flat, has_bias])
+        first = tensors[0][0] if tensors and tensors[0] else None
+        if size is None:
+            if not hasattr(first, "shape") or len(first.shape) == 0:
+                raise ValueError(
+                    f"{name}: expected tensors of shape [..., d], or size= where they "
+                    f"are callables, got {type(first).__name__}"
+                )
+            size = first.shape[-1]
+        self._size = size
+        self._has_bias = has_bias
+        super().__init__(tensors, name, options, dtype, device)
+
+    @property
+    def _cov_shape(self) -> tuple[int, ...]:
+        n = self._size + self._has_bias
+        return (n, n)
+
+    def _check_tensor(self, tensor: Tensor) -> None:
+        if tensor.dim() < 1 or tensor.shape[-1] != self._size:
+            raise ValueError(
+                f"{self.name}: expected rows of {self._size} features [..., "
+                f"{self._size}], got shape {tuple(tensor.shape)}"
+            )
+
+    def num_rows(self, tensor: Tensor) -> int:
+        """`R`: the product of the leading dimensions."""
+        return tensor.numel() // self._size
+
+    def _new_cov(self, tensor: Tensor) -> Tensor:
+        rows = tensor.reshape(-1, self._size)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if not self._has_bias:
+            return compute_cov(rows)
+        # The moment of `append_homog(rows)`, without the copy.
+        mean = rows.mean(0, keepdim=True)
+        top = torch.cat([compute_cov(rows), mean.mT], dim=1)
+        return torch.cat([top, append_homog(mean)], dim=0)

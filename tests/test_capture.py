@@ -1,0 +1,130 @@
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_torch.capture import Capture, output_grads
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+
+
+def linear_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def num_hooks(model):
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
+
+
+def test_gradients_at_the_outputs_behind_in_place_activations():
+    model, x, tapes = net(), torch.randn(5, 3), []
+    capture = Capture(
+        model, linear_layers(model), lambda z, calls: tapes.append((z, calls))
+    )
+    model(x)
+    ((z, calls),) = tapes
+    assert [call.layer for call in calls] == ["0", "2"]
+    weight = torch.randn(5, 2)
+    grads = output_grads(z, weight, calls)
+    s0 = model[0](x).detach().requires_grad_()
+    expected = torch.autograd.grad((model[2](s0.relu()) * weight).sum(), s0)[0]
+    torch.testing.assert_close(grads[0], expected)
+    torch.testing.assert_close(grads[1], weight)
+    torch.testing.assert_close(calls[1].input, model[0](x).relu().detach())
+    assert all(p.grad is None for p in model.parameters())
+    z.sum().backward()  # the graph is still there
+    capture.close()
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "disabled"])
+def test_when_nothing_is_recorded(how):
+    model, tapes = net(), []
+    capture = Capture(
+        model,
+        linear_layers(model),
+        lambda z, calls: tapes.append(calls),
+        enabled=lambda: how != "disabled",
+    )
+    if how == "eval":
+        model.eval()
+    with torch.set_grad_enabled(how != "no_grad"):
+        model(torch.randn(5, 3))
+    assert tapes == ([] if how == "no_grad" else [[]])
+    capture.close()
+
+
+def test_the_root_may_be_a_layer():
+    model, tapes = nn.Linear(3, 2), []
+    capture = Capture(model, {"model": model}, lambda z, calls: tapes.append(calls))
+    model(torch.randn(5, 3))
+    assert [call.layer for call in tapes[0]] == ["model"]
+    capture.close()
+
+
+def test_an_exception_in_a_forward_leaves_no_calls_behind():
+    model, tapes = net(), []
+    capture = Capture(model, linear_layers(model), lambda z, calls: tapes.append(calls))
+    with pytest.raises(RuntimeError):
+        model[:2](torch.randn(5, 3)), model(torch.randn(5, 7))
+    model(torch.randn(5, 3))
+    assert [len(calls) for calls in tapes] == [2]
+    capture.close()
+
+
+def test_an_input_that_was_overwritten_is_reported():
+    model, tapes = nn.Linear(3, 2), []
+    capture = Capture(model, {"fc": model}, lambda z, calls: tapes.append(calls))
+    x = torch.randn(5, 3)
+    model(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="layer fc: its input was changed in place"):
+        tapes[0][0].check_unchanged()
+    capture.close()
+
+
+@pytest.mark.parametrize("how", ["close", "collect"])
+def test_no_hook_remains(how):
+    model = net()
+    capture = Capture(model, linear_layers(model), lambda z, calls: None)
+    assert num_hooks(model) == 4
+    if how == "close":
+        capture.close()
+        capture.close()
+    else:
+        del capture
+        gc.collect()
+    assert num_hooks(model) == 0
+
+
+def test_layers_that_do_not_reach_the_output_have_no_gradient():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            self.unused(x)
+            return self.used(x)
+
+    model, tapes = Branching(), []
+    capture = Capture(
+        model, linear_layers(model), lambda z, calls: tapes.append((z, calls))
+    )
+    model(torch.randn(5, 3))
+    ((z, calls),) = tapes
+    grads = dict(
+        zip(
+            (c.layer for c in calls),
+            output_grads(z, torch.ones_like(z), calls),
+            strict=True,
+        )
+    )
+    assert grads["unused"] is None
+    assert grads["used"] is not None
+    capture.close()
