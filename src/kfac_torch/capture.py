@@ -14,7 +14,7 @@ under `functional_call`. The hooks hold the capture weakly: they leave with it, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +32,15 @@ class LayerCall:
         input: `a`, detached.
         output: the place of `s` in the graph; None where the user's backward is watched.
         version: of the input, to see whether it is overwritten later.
-        grads: gradients at `s`, one per source, as far as they are known.
+        nbytes: of `s`.
+        grads: gradients at `s` that the user's backward brought.
     """
 
     layer: str
     input: Tensor
     output: GradientEdge | None
     version: int
+    nbytes: int
     grads: list[Tensor] = field(default_factory=list)
 
     def check_unchanged(self) -> None:
@@ -80,13 +82,15 @@ class Capture:
 
     Args:
         model: the root module.
-        layers: the modules to record, by name.
+        layers: the modules to record by name, one or several that share it.
         on_forward: called at the end of every forward with gradients enabled, with the
             root's output and the calls (none in `eval` mode or while `enabled()` is
             false).
         enabled: whether calls are to be recorded.
         watch_grads: keep the gradients that the user's own backward brings, rather than
             the places of the outputs in the graph.
+        watch_params: parameters whose gradients are to be kept in `param_grads` too,
+            summed until that is cleared.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
     >>> tapes = []
@@ -100,17 +104,22 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, nn.Module | Sequence[nn.Module]],
         on_forward: Callable[[Any, list[LayerCall]], None],
         enabled: Callable[[], bool] = lambda: True,
         watch_grads: bool = False,
+        watch_params: Iterable[Tensor] = (),
     ) -> None:
         self._on_forward = on_forward
         self._enabled = enabled
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
+        self.recorded = False  # whether calls were recorded in the last forward
+        self.param_grads: dict[Tensor, Tensor] = {}
         self._layers = {
-            layer: (name, next(layer.parameters(), None)) for name, layer in layers.items()
+            layer: (name, next(layer.parameters(), None))
+            for name, group in layers.items()
+            for layer in ([group] if isinstance(group, nn.Module) else group)
         }
         # The layers' hooks first: the root may itself be a layer. They are prepended, to
         # see the output before a hook of the user changes it.
@@ -118,8 +127,9 @@ class Capture:
             layer.register_forward_hook(
                 _Hook(self, layer, "_record"), prepend=True, with_kwargs=True
             )
-            for layer in layers.values()
+            for layer in self._layers
         ]
+        handles += [param.register_hook(_ParamHook(self, param)) for param in watch_params]
         handles += [
             model.register_forward_pre_hook(_Hook(self, model, "_start")),
             model.register_forward_hook(_Hook(self, model, "_end"), always_call=True),
@@ -147,16 +157,35 @@ class Capture:
         if not output.requires_grad:
             return
         edge = None if self._watch_grads else get_gradient_edge(output)
-        call = LayerCall(name, a.detach(), edge, a._version)
+        call = LayerCall(name, a.detach(), edge, a._version, output.nbytes)
         if self._watch_grads:
             watch_gradient(output, call.grads.append)
         self._tape.append(call)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.recorded = self._tape is not None
         calls, self._tape = self._tape or [], None
         failed = output is None  # the forward raised
         if torch.is_grad_enabled() and not failed:
             self._on_forward(output, calls)
+
+
+class _ParamHook:
+    """Add a parameter's gradient to `param_grads` of a capture that is held weakly."""
+
+    def __init__(self, capture: Capture, param: Tensor) -> None:
+        self._capture = weakref.ref(capture)
+        self._param = weakref.ref(param)
+
+    def __call__(self, grad: Tensor) -> None:
+        capture, param = self._capture(), self._param()
+        if capture is None or param is None or torch.is_grad_enabled():
+            return
+        known = capture.param_grads.get(param)
+        capture.param_grads[param] = grad.detach() if known is None else known + grad
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _inert_hook, ()
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
@@ -177,17 +206,48 @@ def watch_gradient(tensor: Tensor, keep: Callable[[Tensor], None]) -> None:
     tensor.register_hook(hook)
 
 
-def output_grads(z: Tensor, grad_z: Tensor, calls: list[LayerCall]) -> list[Tensor | None]:
-    """Return `grad_zᵀ ∂z/∂s` for every call; None where `z` does not depend on it.
+def source_grads(
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
+) -> list[Tensor | None]:
+    """Return `Σ_i sources[i]ᵀ ∂outputs[i]/∂input` for every input, `[S, ...]`.
 
-    The graph is kept for the user's own backward.
+    None where no output depends on an input. `sources[i] [S, *outputs[i].shape]` go
+    through the graph together; one by one where an operation in it cannot do that. The
+    graph is kept for the user's own backward.
     """
+    if not inputs:
+        return []
+    if len(sources[0]) == 1:
+        grads = _grad(outputs, [source[0] for source in sources], inputs)
+        return [None if grad is None else grad.unsqueeze(0) for grad in grads]
+    try:
+        return _grad(outputs, sources, inputs, batched=True)
+    except RuntimeError:  # an operation without a batching rule for its backward
+        each = [
+            _grad(outputs, [source[s] for source in sources], inputs)
+            for s in range(len(sources[0]))
+        ]
+        return [
+            None if grads[0] is None else torch.stack(grads)
+            for grads in zip(*each, strict=True)
+        ]
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
+    batched: bool = False,
+) -> list[Tensor | None]:
     return list(
         torch.autograd.grad(
-            [z],
-            [call.output for call in calls if call.output is not None],
-            [grad_z],
+            list(outputs),
+            list(inputs),
+            list(sources),
             retain_graph=True,
             allow_unused=True,
+            is_grads_batched=batched,
         )
     )

@@ -1,78 +1,115 @@
-"""`FisherEstimator`: gather statistics during forwards, refresh factors and inverses.
+"""`FisherEstimator`: gather statistics during forwards, refresh factors, multiply.
 
 Notation: `z` the network output, `N` its loss terms, `s` a layer's output, `g` the
-gradient at `s` of the *sum* over loss terms. Which gradients are taken is the mode:
+gradient at `s` of the *sum* over loss terms, `B Bᵀ` the Fisher at `z`. Which gradients
+are taken is the mode:
 
-    "gradients"   targets drawn from the model's own distribution: the true Fisher
-    "exact"       one source B e_j for every output coordinate: its expectation
-    "empirical"   the user's own targets, through the user's own backward
+    "gradients"       targets drawn from the model's own distribution: the true Fisher
+    "curvature_prop"  B ζ with ζ uniform ±1: the same in expectation, without sampling
+    "exact"           one source B e_j for every output coordinate: its expectation
+    "empirical"       the user's own targets, through the user's own backward
 
-(Martens & Grosse 2015, arXiv 1503.05671, sections 2 and 5; Kunstner et al. 2019,
-arXiv 1905.12558, on why the empirical one is a different matrix.) Micro-batches since
-the last update are merged as if they had been one batch. Left out: when to call
-`update_covariances` and `update_inverses` (the optimizer's business).
+(Martens & Grosse 2015, arXiv 1503.05671, sections 2 and 5; Martens, Sutskever & Swersky
+2012, arXiv 1206.6464, for curvature propagation; Kunstner et al. 2019, arXiv 1905.12558,
+on why the empirical one is a different matrix.) Micro-batches since the last update are
+merged as if they had been one batch. Left out: when to call `update_covariances` and
+`update_inverses` (the optimizer's business).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .capture import Capture, LayerCall, output_grads, watch_gradient
+from .capture import Capture, LayerCall, watch_gradient
 from .damping import DampingFunc
-from .fisher_blocks.base import LayerMoments
+from .fisher_blocks import FisherBlock, Moment
 from .fisher_factors.base import check_choice
 from .fisher_factors.inverse_providing import refresh_inverses
 from .layer_collection import LayerCollection
-from .loss_functions import NegativeLogProbLoss, Objective
+from .loss_check import describe_mismatch
+from .loss_functions import NegativeLogProbLoss
+from .sources import BatchMoments, fill_missing
 
-ESTIMATION_MODES = ("gradients", "empirical", "exact")
+ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
+
+VectorsAndVariables: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Part:
+    """One loss of a forward, until the user's backward has run."""
+
+    loss: NegativeLogProbLoss
+    coeff: float  # of its Fisher in the summed loss, in terms of the first loss
+    own_coeff: float  # of −log p in one of its own terms
+    z: Tensor
+    leaf: Tensor  # what `loss` is made of: z, detached and without NaN
+    gradient: Tensor | None = None  # at z: all that has arrived
 
 
 @dataclass
 class _Forward:
-    """What is kept of a forward until the user's backward has run."""
-
-    loss: NegativeLogProbLoss
-    coeff: float
+    parts: list[_Part]
     calls: list[LayerCall]
-    gradient: Tensor | None = None  # at z: all that has arrived
+
+    @property
+    def num_terms(self) -> int:
+        return self.parts[0].loss.num_terms
+
+    @property
+    def arrived(self) -> bool:
+        return any(part.gradient is not None for part in self.parts)
 
 
 class FisherEstimator:
     """Keep the factors of a model's blocks up to date; multiply by them.
 
+    Forwards of the collection's model in training mode are watched from construction on.
+
     Args:
-        model: the root module; its forwards in training mode are watched.
-        layers: the blocks.
-        objective: what the user minimises.
-        damping: λ, in units of the Fisher of the mean loss; a number or a callable.
+        variables: the parameters to estimate the Fisher of: exactly those registered in
+            `layer_collection`; None for those.
         cov_ema_decay: `ε` of the factors' moving average, in [0, 1].
-        estimation_mode: `"gradients"`, `"empirical"` or `"exact"`.
-        output: where the network output is in what the model returns: a key, an
-            attribute name or a callable; not needed if the model returns a tensor.
+        damping: λ, in units of the Fisher of the mean loss; a number or a callable.
+        layer_collection: the blocks and the losses.
+        exps: the exponents that `multiply_matpower` is to serve (1 always is).
+        estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`.
         seed: of the generator that draws targets; the global one is not touched.
 
     Raises:
-        ValueError: an unknown mode, or `cov_ema_decay` outside [0, 1].
+        ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], other variables than
+            those registered, no loss registered, or an exponent that an approximation
+            does not have (`NotImplementedError`).
+
+    >>> model = torch.nn.Linear(2, 3)
+    >>> layers = LayerCollection(model)
+    >>> layers.auto_register_layers()
+    >>> layers.register_categorical_predictive_distribution()
+    >>> estimator = FisherEstimator(None, 0.95, 0.1, layers, estimation_mode="exact")
+    >>> _ = model(torch.randn(8, 2))
+    >>> estimator.update_covariances()
+    []
+    >>> estimator.update_inverses()
+    >>> products = estimator.multiply_inverse([(p, p) for p in model.parameters()])
+    >>> [tuple(product.shape) for product, _ in products]
+    [(3, 2), (3,)]
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        layers: LayerCollection,
-        objective: Objective,
+        variables: Iterable[Tensor] | None,
+        cov_ema_decay: float,
         damping: DampingFunc,
-        *,
-        cov_ema_decay: float = 0.95,
+        layer_collection: LayerCollection,
+        exps: Sequence[float] = (-1,),
         estimation_mode: str = "gradients",
-        output: str | int | Callable[[Any], Tensor] | None = None,
+        *,
         seed: int = 0,
     ) -> None:
         check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
@@ -80,29 +117,37 @@ class FisherEstimator:
             raise ValueError(
                 f"cov_ema_decay: expected a number in [0, 1], got {cov_ema_decay}"
             )
-        self.blocks = layers.blocks
-        self.objective = objective
+        self.layers = layer_collection
+        self.blocks = layer_collection.blocks
+        self.layers.check_losses()
+        if variables is not None:
+            self.layers.check_variables(variables)
         self.cov_ema_decay = cov_ema_decay
         self.collecting = True
         self.loss_checked = False
         self._mode = estimation_mode
-        self._find = output
         self._seed = seed
         self._generator: torch.Generator | None = None
         # What the check of the loss found, for the empirical mode.
-        self._summed = objective.reduction == "sum"
+        self._summed = self.sums_gradients
         self._gradient_factor = 1.0
-        self.reset()
+        self._owners = {
+            id(param): block for block in self.blocks.values() for param in block.params
+        }
         for block in self.blocks.values():
             block.instantiate_factors(damping)
-            block.register_inverse()
+            for exp in exps:
+                block.register_matpower(exp)
+        empirical = estimation_mode == "empirical"
         self._capture = Capture(
-            model,
-            {name: block.module for name, block in self.blocks.items()},
+            layer_collection.model,
+            {name: block.modules for name, block in self.blocks.items()},
             self._on_forward,
             lambda: self.collecting,
-            watch_grads=estimation_mode == "empirical",
+            watch_grads=empirical,
+            watch_params=self._generic_params() if empirical else (),
         )
+        self.reset()
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -110,110 +155,121 @@ class FisherEstimator:
 
     def reset(self) -> None:
         """Forget what was gathered and not yet used."""
-        self._pending: dict[str, LayerMoments] = {}
-        self._pending_terms = 0
+        self._pending: dict[str, list[Moment | None]] = {}
         self._finite: Tensor | None = None
         self._arrived: list[_Forward] = []
+        self._capture.param_grads.clear()
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether the user's loss is a sum over loss terms, not a mean."""
+        return self.layers.reduction == "sum"
 
     @property
     def num_terms(self) -> int:
         """The loss terms of all forwards whose backward has run since `reset`."""
-        return sum(forward.loss.num_terms for forward in self._arrived)
+        return sum(forward.num_terms for forward in self._arrived)
+
+    def losses(self, output: Any) -> list[tuple[NegativeLogProbLoss, float]]:
+        """Return `LayerCollection.losses` of what the model returned."""
+        return self.layers.losses(output)
 
     # During a forward.
 
     def _on_forward(self, output: Any, calls: list[LayerCall]) -> None:
-        watched = not self.loss_checked or self.objective.reduction == "sum"
-        if not calls and not watched:
+        watched = not self.loss_checked or self.sums_gradients
+        recording = self._capture.recorded and bool(calls or self._generic_params())
+        if not recording and not watched:
             return
-        z = self._network_output(output)
-        if not z.requires_grad:
+        outputs = [z for _, z in self.layers.network_outputs(output)]
+        if not any(z.requires_grad for z in outputs):
             return
-        with torch.autocast(z.device.type, enabled=False):
-            # A NaN must not stop the sampling; it is remembered instead. -Inf is a mask.
-            safe = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-            safe = safe.nan_to_num(0.0, 0.0, torch.finfo(safe.dtype).min)
-            loss = self.objective.factory(safe.requires_grad_())
-            coeff = self.objective.coeff(z)
-            if calls:
-                finite = ~(z.detach().isnan() | z.detach().isposinf()).any()
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            forward = self._describe(output, calls)
+            if recording:
+                flags = [~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs]
+                flags = [flag.to(flags[0].device) for flag in flags]
+                finite = torch.stack(flags).all()
                 self._finite = finite if self._finite is None else self._finite & finite
-            if calls and self._mode != "empirical":
-                self._collect(z, loss, coeff, calls)
-                calls = []  # they hold the graph, which is about to hold a hook of ours
+            if recording and self._mode != "empirical":
+                self._collect(forward)
+                forward.calls = []  # they hold the graph, which is about to hold a hook
         if watched or self._mode == "empirical":
-            self._watch(z, _Forward(loss, coeff, calls))
+            self._watch(forward)
 
-    def _watch(self, z: Tensor, forward: _Forward) -> None:
+    def _describe(self, output: Any, calls: list[LayerCall]) -> _Forward:
+        parts = []
+        for entry, z in self.layers.network_outputs(output):
+            # A NaN must not stop the sampling; it is remembered. -Inf is a mask.
+            safe = z.detach().to(torch.promote_types(z.dtype, torch.float32))
+            safe = safe.nan_to_num(0.0, 0.0, torch.finfo(safe.dtype).min).requires_grad_()
+            loss, coeff = entry.objective.factory(safe), entry.objective.coeff(z)
+            share = parts[0].loss.num_terms / loss.num_terms if parts else 1.0
+            parts.append(_Part(loss, coeff * share, coeff, z, safe))
+        return _Forward(parts, calls)
+
+    def _watch(self, forward: _Forward) -> None:
         arrived = self._arrived  # of this step: a later one has a list of its own
 
-        def keep(gradient: Tensor) -> None:
-            if forward.gradient is None:
-                arrived.append(forward)
-                forward.gradient = gradient
-            else:  # several backwards through one graph add up, as they do in .grad
-                forward.gradient = forward.gradient + gradient
+        def keeper(part: _Part) -> Callable[[Tensor], None]:
+            def keep(gradient: Tensor) -> None:
+                if not forward.arrived:
+                    arrived.append(forward)
+                # Several backwards through one graph add up, as they do in .grad.
+                part.gradient = (
+                    gradient if part.gradient is None else part.gradient + gradient
+                )
 
-        watch_gradient(z, keep)
+            return keep
 
-    def _network_output(self, output: Any) -> Tensor:
-        try:
-            if self._find is None:
-                z = output
-            elif callable(self._find):
-                z = self._find(output)
-            elif isinstance(self._find, str) and not isinstance(output, Mapping):
-                z = getattr(output, self._find)
-            else:
-                z = output[self._find]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"output={self._find!r} does not fit what the model returned, a "
-                f"{type(output).__name__}: {error}"
-            ) from error
-        if not isinstance(z, Tensor):
-            raise ValueError(
-                f"expected the model to return its network output as a tensor, got "
-                f"{type(z).__name__}; say where it is with output=, a key, an index, an "
-                "attribute name or a callable"
-            )
-        return z
+        for part in forward.parts:
+            if part.z.requires_grad:
+                watch_gradient(part.z, keeper(part))
 
-    def _collect(
-        self, z: Tensor, loss: NegativeLogProbLoss, coeff: float, calls: list[LayerCall]
-    ) -> None:
-        if self._mode == "gradients":
-            nll = loss.evaluate_on_sample(self._generator_on(z.device))
-            sources = [torch.autograd.grad(nll, loss.inputs)[0]]
+    def _collect(self, forward: _Forward) -> None:
+        """Take gradients from the network outputs to the layers, and their moments."""
+        batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
+        parts = [part for part in forward.parts if part.z.requires_grad]
+        if self._mode == "exact":
+            for part in parts:
+                columns = part.coeff**0.5 * part.loss.fisher_factor_all_columns()
+                batch.add_columns(part.z, columns.to(part.z.dtype))
         else:
-            sources = loss.fisher_factor_columns()
-        for source in sources:
-            grads = output_grads(z, (coeff**0.5 * source).to(z.dtype), calls)
-            for call, grad in zip(calls, grads, strict=True):
-                if grad is not None:
-                    call.grads.append(grad)
-        self._add_moments(calls, loss.num_terms)
+            batch.add([part.z for part in parts], [self._draw(part) for part in parts])
+        self._add_moments(batch.moments())
+
+    def _draw(self, part: _Part) -> Tensor:
+        """One random source at `z [1, *z.shape]`, whose second moment is the Fisher."""
+        generator = self._generator_on(part.leaf.device)
+        if self._mode == "gradients":
+            nll = part.loss.evaluate_on_sample(generator)
+            source = torch.autograd.grad(nll, part.leaf)[0]
+        else:
+            source = part.loss.fisher_factor_random_signs(generator)
+        return (part.coeff**0.5 * source).to(part.z.dtype).unsqueeze(0)
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self._seed)
         return self._generator
 
-    @torch.no_grad()
-    def _add_moments(self, calls: list[LayerCall], num_terms: int) -> None:
-        self._pending_terms += num_terms
-        for name, block in self.blocks.items():
-            used = [call for call in calls if call.layer == name and call.grads]
-            if not used:
-                continue
-            for call in used:
-                call.check_unchanged()
-            sources = zip(*(call.grads for call in used), strict=True)
-            moments = block.moments([call.input for call in used], list(sources))
-            if name in self._pending:
-                self._pending[name].merge(moments)
-            else:
-                self._pending[name] = moments
+    def _generic_params(self) -> list[Tensor]:
+        return [
+            param
+            for block in self.blocks.values()
+            if block.needs_param_grads
+            for param in block.params
+        ]
+
+    def _add_moments(self, new: dict[str, list[Moment]]) -> None:
+        for name, moments in new.items():
+            pending = self._pending.setdefault(name, [None] * len(moments))
+            for index, moment in enumerate(moments):
+                current = pending[index]
+                if current is None:
+                    pending[index] = moment
+                else:
+                    current.merge(moment)
 
     # At a step.
 
@@ -226,88 +282,109 @@ class FisherEstimator:
         if self.loss_checked:
             return
         known = None
-        if len(self._arrived) == 1 and isinstance(value, float | Tensor):
+        alone = len(self._arrived) == 1 and len(self._arrived[0].parts) == 1
+        if alone and isinstance(value, float | Tensor):
             known = float(value) if torch.as_tensor(value).numel() == 1 else None
-        for forward in self._arrived:
-            g = forward.gradient
+        for part in (part for forward in self._arrived for part in forward.parts):
+            g = part.gradient
             if g is not None and g.isfinite().all() and g.any():
                 self.loss_checked = True
-                self._report_loss(forward, forward.loss.gradient_scale(g, known))
-                return
+                self._report_loss(part, part.loss.gradient_scale(g, known))
+                if alone or self.layers.reduction is not None:
+                    return
 
-    def _report_loss(self, forward: _Forward, scale: Tensor | None) -> None:
+    def _report_loss(self, part: _Part, scale: Tensor | None) -> None:
         if scale is None:
             return
-        num_terms = forward.loss.num_terms
-        terms = 1 if self.objective.reduction == "sum" else num_terms
-        factor = scale.item() * terms / forward.coeff
-        # Soft targets may show as a factor somewhat below 1.
-        if 0.6 < factor < 1.05:
+        reduction = self.layers.reduction
+        terms = 1 if reduction == "sum" else part.loss.num_terms
+        factor = scale.item() * terms / part.own_coeff
+        empirical = self._mode == "empirical"
+        message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
+        if message is None:
             return
-        sums = self.objective.reduction is None and abs(factor / num_terms - 1) < 0.05
-        if self._mode != "empirical" and not sums and _is_gradient_scaler(factor):
-            return
-        warnings.warn(_loss_mismatch(forward.loss, self.objective, factor), stacklevel=6)
+        warnings.warn(message, stacklevel=6)
         if sums:
             self._summed = True
-        elif not math.isnan(factor):
+        elif factor == factor:  # not NaN
             self._gradient_factor = factor
 
     def has_statistics(self) -> bool:
         """Whether anything was gathered since the last update."""
         if self._mode == "empirical":
-            return any(call.grads for forward in self._arrived for call in forward.calls)
-        return bool(self._pending)
+            calls = [call for forward in self._arrived for call in forward.calls]
+            return any(call.grads for call in calls) or bool(self._capture.param_grads)
+        return any(moment for moments in self._pending.values() for moment in moments)
 
-    def update_covariances(self, gradient_is_finite: Tensor | None = None) -> list[str]:
+    def update_covariances(
+        self, gradient_is_finite: Tensor | None = None, decay: float | None = None
+    ) -> list[str]:
         """Let what was gathered enter the factors, all of it or nothing.
 
         Args:
             gradient_is_finite: a flag of the caller's that has to hold too.
+            decay: in place of `cov_ema_decay`, for this update; 1 weighs all batches
+                alike.
 
         Returns:
             Where there is a NaN or an Inf: layers, `"the network output"` or `"the
             gradient"`. If there is one, every factor keeps its last good value.
         """
         try:
-            if self._mode == "empirical":
-                for forward in self._arrived:
-                    self._add_empirical(forward)
+            self._add_empirical()
             flags = {
-                name: torch.stack([cov.isfinite().all() for cov in moments.covs]).all()
+                name: torch.stack([m.cov.isfinite().all() for m in moments if m]).all()
                 for name, moments in self._pending.items()
+                if any(moments)
             }
             if self._finite is not None:
                 flags["the network output"] = self._finite
             if gradient_is_finite is not None:
                 flags["the gradient"] = gradient_is_finite
+            if not flags:
+                return []
             device = next(iter(flags.values())).device
             # The one host read of an update.
             good = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
             bad = [name for name, fine in zip(flags, good, strict=True) if not fine]
-            self._commit(accept=not bad)
+            for block, index, moment in self._gathered():
+                if bad:
+                    block.factors[index].reject()
+                else:
+                    used = self.cov_ema_decay if decay is None else decay
+                    block.accumulate_factor(index, moment, used)
             return bad
         finally:
             self.reset()
 
-    def _commit(self, accept: bool) -> None:
+    def _gathered(self) -> Iterable[tuple[FisherBlock, int, Moment]]:
         for name, moments in self._pending.items():
-            block = self.blocks[name]
-            if accept:
-                block.accumulate(moments, self._pending_terms, self.cov_ema_decay)
-            else:
-                for factor in block.factors:
-                    factor.reject()
+            for index, moment in enumerate(moments):
+                if moment is not None:
+                    yield self.blocks[name], index, moment
 
-    def _add_empirical(self, forward: _Forward) -> None:
+    def _add_empirical(self) -> None:
         """The user's gradients, brought to those of the summed loss."""
-        num_terms = forward.loss.num_terms
-        terms = 1 if self._summed else num_terms
-        scale = terms / (self._gradient_factor * forward.coeff**0.5)
-        for call in forward.calls:
-            if call.grads:
-                call.grads = [scale * torch.stack(call.grads).sum(0)]
-        self._add_moments(forward.calls, num_terms)
+        if self._mode != "empirical":
+            return
+        for forward in self._arrived:
+            num_terms = forward.num_terms
+            scale = (1 if self._summed else num_terms) / self._gradient_factor
+            if len(forward.parts) == 1:
+                scale /= forward.parts[0].own_coeff ** 0.5
+            batch = BatchMoments(forward.calls, self.blocks, num_terms)
+            batch.add_user_grads(scale)
+            self._add_moments(batch.moments())
+        N = self.num_terms
+        scale = (1 if self._summed else N) / self._gradient_factor
+        for block in self.blocks.values():
+            # A generic block squares the gradient of all micro-batches together.
+            found = [self._capture.param_grads.get(param) for param in block.params]
+            if block.needs_param_grads and any(grad is not None for grad in found):
+                grads = [None if grad is None else scale * grad[None] for grad in found]
+                covs = block.grad_moments([], fill_missing(grads, block.params))
+                rows = block.num_rows([], N)
+                self._add_moments({block.name: [Moment(cov, rows, N) for cov in covs]})
 
     def has_new_layers(self) -> bool:
         """Whether a layer has statistics but no inverse yet: it was called late."""
@@ -325,6 +402,104 @@ class FisherEstimator:
         """
         ready = [block for block in self.blocks.values() if block.has_statistics]
         refresh_inverses(factor for block in ready for factor in block.factors)
+
+    @property
+    def cov_update_thunks(self) -> list[Callable[[], None]]:
+        """One callable per factor, which lets what was gathered enter that factor alone.
+
+        A batch with a NaN or an Inf is left out, with a RuntimeWarning.
+        """
+
+        def thunk(block: FisherBlock, index: int) -> None:
+            moments = self._pending.get(block.name)
+            moment = moments[index] if moments else None
+            if moments is None or moment is None:
+                return
+            moments[index] = None
+            if moment.cov.isfinite().all():
+                block.accumulate_factor(index, moment, self.cov_ema_decay)
+                return
+            block.factors[index].reject()
+            warnings.warn(
+                f"{block.factors[index].name}: the batch has NaN or Inf values; it was "
+                "left out and the last good covariance is kept",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+        return [
+            lambda block=block, index=index: thunk(block, index)
+            for block in self.blocks.values()
+            for index in range(len(block.factors))
+        ]
+
+    @property
+    def inv_update_thunks(self) -> list[Callable[[], None]]:
+        """One callable per factor, which refreshes its stored powers alone."""
+        return [
+            lambda factor=factor: refresh_inverses([factor])
+            for block in self.blocks.values()
+            for factor in block.factors
+        ]
+
+    # Products.
+
+    def multiply(self, vecs_and_vars: VectorsAndVariables) -> list[tuple[Tensor, Tensor]]:
+        """Return `F_λ v` with the current factors, as `multiply_matpower(1, ...)`."""
+        return self.multiply_matpower(1, vecs_and_vars)
+
+    def multiply_inverse(
+        self, vecs_and_vars: VectorsAndVariables
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return `F_λ⁻¹ v`, as `multiply_matpower(-1, ...)`."""
+        return self.multiply_matpower(-1, vecs_and_vars)
+
+    def multiply_matpower(
+        self, exp: float, vecs_and_vars: VectorsAndVariables
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return `[(F_λ^exp v, variable), ...]` in the order given.
+
+        Args:
+            exp: 1, or one of `exps`.
+            vecs_and_vars: pairs `(vector, variable)`, the vector in the variable's shape;
+                of a block's parameters either all or none.
+
+        Raises:
+            ValueError: a variable without a block, part of a block, or another shape.
+            KeyError: this exponent is not registered.
+            RuntimeError: no statistics, or not refreshed yet.
+        """
+        return self._map_blocks(vecs_and_vars, lambda block, v: block.multiply_tensors(v, exp))
+
+    def _map_blocks(
+        self,
+        vecs_and_vars: VectorsAndVariables,
+        product: Callable[[FisherBlock, list[Tensor]], list[Tensor]],
+    ) -> list[tuple[Tensor, Tensor]]:
+        pairs = list(vecs_and_vars)
+        vectors = {id(variable): vector for vector, variable in pairs}
+        blocks: dict[int, FisherBlock] = {}
+        for vector, variable in pairs:
+            block = self._owners.get(id(variable))
+            if block is None or vector.shape != variable.shape:
+                problem = "has no block" if block is None else "has another shape"
+                raise ValueError(
+                    f"{self.layers.describe(variable)} {problem}: expected pairs (vector, "
+                    "variable) of equal shape, the variables those of the layer "
+                    f"collection, got a vector of shape {tuple(vector.shape)}"
+                )
+            blocks[id(block)] = block
+        result: dict[int, Tensor] = {}
+        for block in blocks.values():
+            missing = [p for p in block.params if id(p) not in vectors]
+            if missing:
+                raise ValueError(
+                    f"block {block.name}: expected vectors for all its parameters, got "
+                    f"none for {', '.join(map(self.layers.describe, missing))}"
+                )
+            parts = product(block, [vectors[id(p)] for p in block.params])
+            result |= {id(p): part for p, part in zip(block.params, parts, strict=True)}
+        return [(result[id(variable)], variable) for _, variable in pairs]
 
     # State.
 
@@ -382,28 +557,3 @@ class FisherEstimator:
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
-
-
-def _is_gradient_scaler(factor: float) -> bool:
-    """Whether a factor looks like the scale that guards half precision."""
-    return factor >= 1024 and abs(math.log2(factor) - round(math.log2(factor))) < 0.01
-
-
-def _loss_mismatch(loss: NegativeLogProbLoss, objective: Objective, factor: float) -> str:
-    """Say how the gradient at the network output differs from the declared loss's."""
-    kind = objective.reduction or "mean"
-    declared = f"the {kind} over {loss.num_terms} loss terms of {loss.name}"
-    if math.isnan(factor):
-        return (
-            f"the gradient at the network output cannot be that of {declared}, for any "
-            "targets. Is loss= the loss you minimise? Classes are expected in the last "
-            'dimension by "categorical", in the second by nn.CrossEntropyLoss()'
-        )
-    return (
-        f"the gradient at the network output is {factor:.4g} times that of {declared}. "
-        "The curvature is not affected, the step is: scale the loss (or lr), or pass the "
-        "criterion itself as loss=, whose reduction is understood. A factor of "
-        f"{loss.num_terms} is a sum over loss terms, {1 / loss.inputs[0].numel():.4g} a "
-        "mean over outputs; one over the number of micro-batches, accumulation, is as it "
-        "should be"
-    )

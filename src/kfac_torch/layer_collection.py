@@ -1,93 +1,463 @@
-"""`LayerCollection`: which module gets which block.
+"""`LayerCollection`: which parameters get which block, and the losses of a model.
 
-Left out: losses, linked parameters, and every layer but linear ones and convolutions.
+The counterpart of `tf.contrib.kfac.layer_collection` with modules in place of graph
+tensors: a layer is registered as a module, a loss by where its input is in what the
+model returns. Left out: layers found by looking at the graph.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .fisher_blocks import (
-    ConvKFCBasicFB,
-    FullyConnectedKFACBasicFB,
-    KroneckerProductFB,
-)
-from .fisher_factors import FactorOptions
+from .approximations import APPROXIMATIONS, DEFAULT_APPROXIMATIONS
+from .fisher_blocks import FisherBlock
+from .fisher_factors import FactorOptions, FisherFactor
+from .fisher_factors.base import check_choice
+from .loss_collection import LossCollection
+from .use_count import count_uses
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class LayerCollection:
-    """The blocks of a model, by layer name.
+class LayerCollection(LossCollection):
+    """The blocks of a model by name, and its losses.
 
-    >>> layers = LayerCollection()
-    >>> layers.auto_register_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
-    >>> list(layers.blocks)
-    ['0']
+    Args:
+        model: the root module, whose forward returns what the losses are of.
+        options: of all factors.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4))
+    >>> layers = LayerCollection(model)
+    >>> layers.register_fully_connected(model[0], approx="diagonal")
+    >>> layers.auto_register_layers()
+    >>> layers.register_categorical_predictive_distribution()
+    >>> [(name, type(block).__name__) for name, block in layers.blocks.items()]
+    [('0', 'FullyConnectedDiagonalFB'), ('2', 'FullyConnectedKFACBasicFB')]
+    >>> layers.check_registration()
     """
 
-    def __init__(
-        self,
-        options: FactorOptions = FactorOptions(),
-    ) -> None:
-        self.blocks: dict[str, KroneckerProductFB] = {}
+    def __init__(self, model: nn.Module, options: FactorOptions = FactorOptions()) -> None:
+        super().__init__()
+        self.model = model
+        self.blocks: dict[str, FisherBlock] = {}
         self._options = options
+        self._defaults = dict(DEFAULT_APPROXIMATIONS)
+        self._linked: dict[frozenset[int], str | None] = {}
+        self._uses: dict[str, int | None] = {}
+        self._factors: dict[Hashable, FisherFactor] = {}
+        # Shared modules and parameters are known by their first name.
+        self._module_names = {id(m): name for name, m in model.named_modules()}
+        self._param_names = {id(p): name for name, p in model.named_parameters()}
 
-    def register_fully_connected(self, module: nn.Linear, name: str) -> None:
-        """Give an `nn.Linear` a `FullyConnectedKFACBasicFB`.
+    # Approximations.
+
+    def default_approximation(self, kind: str) -> str:
+        """Return the approximation of a kind of layer, a key of `APPROXIMATIONS`."""
+        check_choice("kind", kind, tuple(APPROXIMATIONS))
+        return self._defaults[kind]
+
+    def set_default_approximation(self, kind: str, approx: str) -> None:
+        """Set the approximation of layers of a kind that are registered from now on.
 
         Raises:
-            ValueError: the module or a parameter of it is registered already.
+            ValueError: an unknown kind, or an approximation that it does not have.
+
+        >>> layers = LayerCollection(nn.Linear(2, 3))
+        >>> layers.set_default_approximation("fully_connected", "tridiagonal")
+        Traceback (most recent call last):
+        ValueError: fully_connected: approx: expected one of ('kron', ...), got ...
         """
-        self._register(FullyConnectedKFACBasicFB(module, name, self._options))
+        check_choice("kind", kind, tuple(APPROXIMATIONS))
+        check_choice(f"{kind}: approx", approx, tuple(APPROXIMATIONS[kind]))
+        self._defaults[kind] = approx
+
+    def define_linked_parameters(
+        self, params: Tensor | Sequence[Tensor], approximation: str | None = None
+    ) -> None:
+        """Say that parameters are to be registered together, maybe how.
+
+        Their registration by other groups, or with another approximation than this one,
+        is refused.
+
+        Raises:
+            ValueError: a parameter is linked or registered already.
+        """
+        group = frozenset(map(id, _sequence(params)))
+        taken = {i for linked in self._linked if linked != group for i in linked}
+        taken |= {id(p) for p in self.registered_variables}
+        for param in _sequence(params):
+            if id(param) in taken:
+                raise ValueError(
+                    f"{self.describe(param)}: expected a parameter that is neither linked "
+                    "nor registered yet, got one that is"
+                )
+        self._linked[group] = approximation
+
+    @property
+    def linked_parameters(self) -> dict[frozenset[str], str | None]:
+        """The groups that were linked, by names, and their approximations."""
+        return {
+            frozenset(self._param_names.get(i, "?") for i in group): approx
+            for group, approx in self._linked.items()
+        }
+
+    # Layers.
+
+    def register_block(
+        self, block: FisherBlock, num_uses: int | None = None, kind: str = ""
+    ) -> None:
+        """Register any block; `num_uses` of its parameters, None for any number.
+
+        Raises:
+            ValueError: a name or a parameter that is registered, parameters that are
+                linked with others, or one that the model does not have.
+        """
+        taken = {id(param) for param in self.registered_variables}
+        ids = frozenset(map(id, block.params))
+        if block.name in self.blocks or ids & taken:
+            raise ValueError(
+                f"layer {block.name}: expected a layer whose name and parameters are not "
+                "registered yet, got one that is; for a layer that is used several times "
+                "register it once, with a register_..._multi method"
+            )
+        if not ids:
+            raise ValueError(f"layer {block.name}: expected trained parameters, got none")
+        strangers = ids - self._param_names.keys()
+        if strangers:
+            raise ValueError(
+                f"layer {block.name}: expected parameters of "
+                f"{type(self.model).__name__}, the model of this collection, got others"
+            )
+        for linked in self._linked:
+            if linked & ids and linked != ids:
+                names = ", ".join(sorted(self._param_names.get(i, "?") for i in linked))
+                raise ValueError(
+                    f"layer {block.name}: its parameters are linked to others; expected "
+                    f"exactly {names} to be registered together"
+                )
+        self.blocks[block.name] = block
+        self._uses[block.name] = num_uses
+
+    def _register(
+        self,
+        kind: str,
+        module: nn.Module | Sequence[nn.Module],
+        approx: str | None,
+        name: str | None,
+        num_uses: int | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        first = module if isinstance(module, nn.Module) else module[0]
+        known = self._module_names.get(id(first))
+        if known is None:
+            raise ValueError(
+                f"{name or first}: expected a module of {type(self.model).__name__}, the "
+                "model of this collection, got another"
+            )
+        params = frozenset(id(p) for p in first.parameters() if p.requires_grad)
+        approx = self._choose(kind, approx, params, name or known or "model")
+        block = APPROXIMATIONS[kind][approx](
+            module, name or known or "model", options=self._options, **kwargs
+        )
+        # Gradients of parameters do not care how often they are used.
+        self.register_block(block, None if block.needs_param_grads else num_uses)
+
+    def _choose(
+        self, kind: str, approx: str | None, params: frozenset[int], name: str
+    ) -> str:
+        linked = self._linked.get(params)
+        if linked is not None and approx not in (None, linked):
+            raise ValueError(
+                f"layer {name}: approx: its parameters are linked with approximation "
+                f"{linked!r}, got {approx!r}"
+            )
+        approx = approx or linked or self._defaults[kind]
+        check_choice(f"layer {name}: approx", approx, tuple(APPROXIMATIONS[kind]))
+        return approx
+
+    def register_generic(
+        self,
+        params: nn.Parameter | Sequence[nn.Parameter],
+        approx: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Register any parameters, by the gradients of the loss with respect to them.
+
+        `approx` is `"diagonal"` or `"full"`. The square of a batch's gradient is the
+        Fisher in expectation only, with a high variance; `"exact"` estimation has none.
+
+        Raises:
+            ValueError: as `register_block`.
+        """
+        params = list(_sequence(params))
+        name = name or "+".join(self._param_names.get(id(p), "?") for p in params)
+        approx = self._choose("generic", approx, frozenset(map(id, params)), name)
+        block = APPROXIMATIONS["generic"][approx](params, name, self._options)
+        self.register_block(block)
+
+    def register_fully_connected(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.Linear` that is called once in a forward.
+
+        `approx`: `"kron"`, with diagonal sides `"kron_in_diag"`, `"kron_out_diag"`,
+        `"kron_both_diag"`, or `"diagonal"` or `"full"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        self._register("fully_connected", module, approx, name)
 
     def register_convolution(
-        self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, name: str
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
     ) -> None:
-        """Give a convolution without groups a `ConvKFCBasicFB`.
+        """Register an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with groups or without.
+
+        `approx`: `"kron"`, `"kron_sua"` (spatially uncorrelated activations),
+        `"diagonal"` or `"full"`.
 
         Raises:
-            ValueError: a parameter of the module is registered already.
+            ValueError: as `register_block`, or an unknown approximation.
         """
-        self._register(ConvKFCBasicFB(module, name, self._options))
+        self._register("conv2d", module, approx, name)
 
-    def auto_register_layers(self, model: nn.Module) -> None:
-        """Register every linear layer and ungrouped convolution with a trained weight.
+    def register_conv2d(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.Conv2d`; see `register_convolution`."""
+        self._register("conv2d", module, approx, name)
 
-        Left alone are subclasses, since they may compute something else, and layers that
-        share a parameter with another module, since their calls alone do not make up
-        the curvature of the shared parameter.
+    def register_depthwise_conv2d(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register a convolution with one group per input channel.
+
+        `approx`: `"kron"` (each channel by itself), `"diagonal"` or `"full"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
         """
+        self._register("depthwise_conv2d", module, approx, name)
+
+    def register_separable_conv2d(
+        self, depthwise: nn.Module, pointwise: nn.Module, approx: str | None = None
+    ) -> None:
+        """Register a depthwise convolution and the pointwise one behind it."""
+        self.register_depthwise_conv2d(depthwise, approx)
+        self.register_conv2d(pointwise, approx)
+
+    def register_embedding(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.Embedding` that is called once in a forward.
+
+        `approx`: `"kron"` (counts of the ids, never a vocabulary x vocabulary matrix),
+        `"kron_both_diag"`, `"diagonal"` or `"full"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        self._register("embedding", module, approx, name)
+
+    def register_scale_and_shift(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register a normalisation layer with a trained scale, and maybe a shift.
+
+        `approx`: `"full"` or `"diagonal"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        self._register("scale_and_shift", module, approx, name)
+
+    def register_fully_connected_multi(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        approx: str | None = None,
+        name: str | None = None,
+        num_uses: int | None = None,
+        time_dim: int | None = None,
+    ) -> None:
+        """Register an `nn.Linear` that is used several times, by calls or over time.
+
+        Args:
+            module: the layer, or several that share all their parameters.
+            approx: `"kron_indep"` (uses are independent, with diagonal sides
+                `"kron_indep_in_diag"`, `..._out_diag`, `..._both_diag`),
+                `"kron_series_1"` or `"kron_series_2"` (a linear chain over time).
+            name: of the layer; that in the model if None.
+            num_uses: calls in a forward, for `check_registration`.
+            time_dim: the input's dimension that is time, where the layer is called once
+                for a whole sequence; for the series approximations.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        kwargs = {} if time_dim is None else {"time_dim": time_dim}
+        self._register("fully_connected_multi", module, approx, name, num_uses, **kwargs)
+
+    def register_conv2d_multi(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        approx: str | None = None,
+        name: str | None = None,
+        num_uses: int | None = None,
+    ) -> None:
+        """Register a convolution that is called several times; see
+        `register_fully_connected_multi`.
+        """
+        self._register("conv2d_multi", module, approx, name, num_uses)
+
+    def register_embedding_multi(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        approx: str | None = None,
+        name: str | None = None,
+        num_uses: int | None = None,
+    ) -> None:
+        """Register an `nn.Embedding` that is called several times; see
+        `register_fully_connected_multi`.
+        """
+        self._register("embedding_multi", module, approx, name, num_uses)
+
+    def auto_register_layers(self, model: nn.Module | None = None) -> None:
+        """Register every linear layer, convolution and embedding with a trained weight.
+
+        Left alone are what is registered already, subclasses, since they may compute
+        something else, and layers that share a parameter with a module of another kind,
+        since their calls alone do not make up its curvature. Linear layers that share
+        all their parameters are registered together.
+
+        Args:
+            model: a part of the collection's model; all of it if None.
+        """
+        root = self.model if model is None else model
         owners = Counter(
             id(param)
-            for module in model.modules()
+            for module in self.model.modules()
             for param in module.parameters(recurse=False)
         )
-        for name, module in model.named_modules():
-            params = list(module.parameters(recurse=False))
+        taken = {id(param) for param in self.registered_variables}
+        for module in root.modules():
             weight = getattr(module, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 continue
-            if any(owners[id(param)] > 1 for param in params):
+            ids = [id(param) for param in module.parameters(recurse=False)]
+            if taken.intersection(ids):
                 continue
-            if type(module) is nn.Linear:
-                self.register_fully_connected(module, name or "model")
-            elif type(module) in _CONVOLUTIONS and module.groups == 1:
-                self.register_convolution(module, name or "model")
+            if type(module) is nn.Linear and any(owners[i] > 1 for i in ids):
+                tied = self._tied(ids)
+                if all(owners[i] == len(tied) for i in ids):
+                    self.register_fully_connected_multi(tied)
+                    taken.update(ids)
+            elif any(owners[i] > 1 for i in ids):
+                continue
+            elif type(module) is nn.Linear:
+                self.register_fully_connected(module)
+            elif type(module) in _CONVOLUTIONS:
+                self.register_convolution(module)
+            elif type(module) is nn.Embedding and not module.sparse:
+                self.register_embedding(module)
 
-    def registered_parameters(self) -> Iterator[nn.Parameter]:
+    def _tied(self, ids: list[int]) -> list[nn.Module]:
+        """All linear layers with these parameters and no others."""
+        return [
+            module
+            for module in self.model.modules()
+            if type(module) is nn.Linear
+            and [id(p) for p in module.parameters(recurse=False)] == ids
+        ]
+
+    # What is registered.
+
+    @property
+    def registered_variables(self) -> list[nn.Parameter]:
         """All parameters that have a block."""
-        for block in self.blocks.values():
-            yield from block.params
+        return [param for block in self.blocks.values() for param in block.params]
 
-    def _register(self, block: KroneckerProductFB) -> None:
-        taken = {id(param) for param in self.registered_parameters()}
-        if block.name in self.blocks or any(id(p) in taken for p in block.params):
-            raise ValueError(
-                f"layer {block.name}: expected a layer whose name and parameters are not "
-                "registered yet, got one that is"
-            )
-        self.blocks[block.name] = block
+    def get_blocks(self) -> list[FisherBlock]:
+        """Return all blocks, in order of registration."""
+        return list(self.blocks.values())
+
+    def get_factors(self) -> list[FisherFactor]:
+        """Return all factors, in the order of their blocks."""
+        return [factor for block in self.blocks.values() for factor in block.factors]
+
+    def make_or_get_factor(self, cls: type[FisherFactor], args: tuple) -> FisherFactor:
+        """Return the factor `cls(*args)`, the same one for the same class and arguments.
+
+        Raises:
+            TypeError: arguments that cannot be hashed, lists for example.
+        """
+        key = (cls, args)
+        if key not in self._factors:
+            self._factors[key] = cls(*args)
+        return self._factors[key]
+
+    def describe(self, param: Tensor) -> str:
+        """Return `parameter` and its name in the model."""
+        name = self._param_names.get(id(param))
+        return f"parameter {name}" if name else f"a tensor of shape {tuple(param.shape)}"
+
+    # Checks.
+
+    def check_variables(self, variables: Iterable[Tensor]) -> None:
+        """Raise ValueError unless `variables` are exactly those registered."""
+        given = {id(variable): variable for variable in variables}
+        ours = {id(variable): variable for variable in self.registered_variables}
+        problems = [
+            f"{self.describe(variable)} has no block" if i in given
+            else f"{self.describe(variable)} is registered, but not among the variables"
+            for i, variable in (given | ours).items()
+            if (i in given) != (i in ours)
+        ]  # fmt: skip
+        if problems:
+            raise ValueError("variables: " + "; ".join(problems))
+
+    def check_registration(
+        self,
+        variables: Iterable[Tensor] | None = None,
+        outputs: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        """Check that every variable is registered, and as often as it is used.
+
+        Args:
+            variables: what has to be registered, no more and no less; all trained
+                parameters of the model if None.
+            outputs: the network outputs of a forward, attached to its graph. Where they
+                are given, the uses of each parameter in that graph are counted and
+                compared with those registered: 1, or `num_uses` of a layer that is used
+                several times. Generic blocks may be used any number of times.
+
+        Raises:
+            ValueError: all that is wrong, in one message.
+        """
+        if variables is None:
+            variables = [p for p in self.model.parameters() if p.requires_grad]
+        problems: list[str] = []
+        try:
+            self.check_variables(variables)
+        except ValueError as error:
+            problems += str(error).removeprefix("variables: ").split("; ")
+        if outputs is not None:
+            counts = count_uses(_sequence(outputs))
+            for name, block in self.blocks.items():
+                expected = self._uses[name]
+                for param in block.params:
+                    used = counts.get(param, 0)
+                    if not block.needs_param_grads and expected not in (None, used):
+                        problems.append(
+                            f"{self.describe(param)} is registered with {expected} "
+                            f"use(s), but used {used} time(s) by the outputs"
+                        )
+        if problems:
+            raise ValueError("registration: " + "; ".join(problems))
+
+
+def _sequence(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

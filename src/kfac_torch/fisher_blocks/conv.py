@@ -1,87 +1,228 @@
-"""`ConvKFCBasicFB`: the KFC block of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
+"""Blocks of a convolution: KFC's Kronecker product, or a diagonal.
 
 `F = T · A ⊗ G` with `A` the second moment of the input patches and `G` that of the
 gradients of the summed loss at the outputs, both over examples and locations, and `T`
 the locations per loss term (Grosse & Martens 2016, arXiv 1602.01407, Theorem 1: spatial
-homogeneity, independent activations and derivatives, uncorrelated derivatives).
-Left out: groups.
+homogeneity, independent activations and derivatives, uncorrelated derivatives). With
+groups there is one such product per group; a depthwise convolution has one per channel.
+
+The diagonal is exact: the mean over examples of the squared gradient of each.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..fisher_factors import (
+    ConvDiagonalFactor,
     ConvInputKroneckerFactor,
+    ConvInputSUAKroneckerFactor,
     ConvOutputKroneckerFactor,
-    InverseProvidingFactor,
+    FactorOptions,
 )
-from .base import KroneckerProductFB, accumulation_dtype, no_data
+from .base import LayerFactorFB, accumulation_dtype, no_data
+from .kronecker import KroneckerProductFB
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class ConvKFCBasicFB(KroneckerProductFB):
-    """The Kronecker block of a convolution, with or without a bias, without groups.
+    """The Kronecker block of a convolution, with or without a bias and groups.
 
     Any stride, dilation, padding and `padding_mode`. The rows of `V [in(+1), out]` are in
-    the order of `weight.flatten(1)`: channel-major.
+    the order of `weight.flatten(1)`: channel-major; with groups `V [groups, in(+1),
+    out]`.
 
     Args:
-        module: the layer.
+        module: the layer, or several that share all their parameters.
         name: of the layer, for messages and checkpoints.
         options: of the factors.
+        sua_approx_for_input: take activations as spatially uncorrelated (Theorem 4).
 
     Raises:
         TypeError: a module of another type.
-        ValueError: a grouped convolution.
+        ValueError: spatially uncorrelated activations with groups.
         RuntimeError: use before `instantiate_factors`.
 
     >>> import torch
     >>> block = ConvKFCBasicFB(nn.Conv2d(2, 3, 3, padding=1))
     >>> block.instantiate_factors(damping=0.1)
     >>> x, g = torch.ones(8, 2, 5, 5), torch.ones(8, 3, 5, 5)
-    >>> block.accumulate(block.moments([x], [[g]]), num_terms=8, decay=0.95)
+    >>> block.accumulate(block.moments([x], [[g]], num_terms=8), decay=0.95)
     >>> block.num_locations, tuple(block.full_fisher_block().shape)
     (25.0, (57, 57))
     """
 
     layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def _make_factors(self) -> tuple[InverseProvidingFactor, InverseProvidingFactor]:
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+        *,
+        sua_approx_for_input: bool = False,
+    ) -> None:
+        super().__init__(module, name, options)
+        self.groups = self.module.groups
+        self._sua = sua_approx_for_input
+        if self._sua and self.groups != 1:
+            raise ValueError(
+                f"layer {self.name}: expected groups=1 for the approximation of spatially "
+                f"uncorrelated activations, got {self.module}"
+            )
+
+    def _make_factors(self) -> tuple[Any, Any]:
         conv = self.module
-        assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if conv.groups != 1:
-            raise ValueError(f"layer {self.name}: expected groups=1, got {conv}")
-        weight = conv.weight
-        data_format = {1: "NCW", 2: "NCHW", 3: "NCDHW"}[weight.dim() - 2]
-        common = {
-            "options": self._options,
-            "dtype": accumulation_dtype(weight),
-            "device": weight.device,
-        }
-        A = ConvInputKroneckerFactor(
-            [no_data(f"{self.name}.input")],
-            [*conv.kernel_size, conv.in_channels, conv.out_channels],
-            explicit_padding(conv),
-            conv.stride,
-            conv.dilation,
-            data_format,
-            has_bias=self.has_bias,
-            padding_mode=conv.padding_mode,
-            name=f"{self.name}.input",
-            **common,
-        )
+        common = conv_factor_kwargs(conv, self.options)
+        channels = conv.in_channels // conv.groups
+        name = f"{self.name}.input"
+        filter_shape = [*conv.kernel_size, channels, conv.out_channels]
+        if self._sua:
+            A = ConvInputSUAKroneckerFactor(
+                [no_data(name)],
+                filter_shape,
+                explicit_padding(conv),
+                conv.stride,
+                conv.dilation,
+                data_format(conv),
+                has_bias=self.has_bias,
+                name=name,
+                **common,
+            )
+        else:
+            A = ConvInputKroneckerFactor(
+                [no_data(name)],
+                filter_shape,
+                explicit_padding(conv),
+                conv.stride,
+                conv.dilation,
+                data_format(conv),
+                has_bias=self.has_bias,
+                padding_mode=conv.padding_mode,
+                groups=conv.groups,
+                name=name,
+                **common,
+            )
         G = ConvOutputKroneckerFactor(
             [[no_data(f"{self.name}.output")]],
-            data_format,
+            data_format(conv),
             num_channels=conv.out_channels,
+            groups=conv.groups,
             name=f"{self.name}.output",
             **common,
         )
         return A, G
+
+
+class ConvDiagonalFB(LayerFactorFB):
+    """The exact diagonal of a convolution's block, with or without a bias and groups.
+
+    Raises:
+        TypeError: a module of another type.
+        NotImplementedError: a layer that is called several times in a forward.
+    """
+
+    layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+    ) -> None:
+        super().__init__(module, name, options)
+        self.groups = self.module.groups
+
+    def _make_factors(self) -> tuple[Any, ...]:
+        conv = self.module
+        name = f"{self.name}.weight"
+        channels = conv.in_channels // conv.groups
+        factor = ConvDiagonalFactor(
+            [no_data(name)],
+            [[no_data(name)]],
+            [*conv.kernel_size, channels, conv.out_channels],
+            conv.stride,
+            explicit_padding(conv),
+            data_format(conv),
+            conv.dilation,
+            has_bias=self.has_bias,
+            padding_mode=conv.padding_mode,
+            groups=conv.groups,
+            name=name,
+            **conv_factor_kwargs(conv, self.options),
+        )
+        return (factor,)
+
+    def grad_moments(
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the diagonal."""
+        if len(inputs) > 1:
+            raise NotImplementedError(
+                f"layer {self.name}: the diagonal of a convolution is for one call in a "
+                f'forward, got {len(inputs)}; register it with "kron_indep"'
+            )
+        return [self._factor().summed_cov(inputs[0], grads[0])]
+
+
+def _check_depthwise(conv: Any, name: str) -> None:
+    if conv.groups != conv.in_channels:
+        raise ValueError(
+            f"layer {name}: expected a depthwise convolution, groups=in_channels, got {conv}"
+        )
+
+
+class DepthwiseConvKFCBasicFB(ConvKFCBasicFB):
+    """The Kronecker block of a depthwise convolution: one product per input channel.
+
+    Raises:
+        ValueError: a convolution that is not depthwise.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+    ) -> None:
+        super().__init__(module, name, options)
+        _check_depthwise(self.module, self.name)
+
+
+class DepthwiseConvDiagonalFB(ConvDiagonalFB):
+    """The exact diagonal of a depthwise convolution's block.
+
+    Raises:
+        ValueError: a convolution that is not depthwise.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+    ) -> None:
+        super().__init__(module, name, options)
+        _check_depthwise(self.module, self.name)
+
+
+def conv_factor_kwargs(conv: Conv, options: FactorOptions) -> dict[str, Any]:
+    """Return what all factors of a convolution are made with."""
+    weight = conv.weight
+    return {
+        "options": options,
+        "dtype": accumulation_dtype(weight),
+        "device": weight.device,
+    }
+
+
+def data_format(conv: Conv) -> str:
+    """Return PyTorch's layout by its name, channels first."""
+    return {1: "NCW", 2: "NCHW", 3: "NCDHW"}[conv.weight.dim() - 2]
 
 
 def explicit_padding(conv: Conv) -> list[tuple[int, int]]:

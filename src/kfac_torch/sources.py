@@ -1,0 +1,134 @@
+"""From sources at the network output to the moment of every factor.
+
+Notation: a *source* is a gradient at the network output `z`, one of those whose second
+moments add up to the Fisher there; `s` a layer's output. Sources are carried to every
+`s` (or, for generic blocks, to the parameters) and handed to the blocks; many of them go
+together in one vectorised backward, as many as fit in a bounded buffer. Left out: which
+sources (the estimator's business).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .capture import LayerCall, source_grads
+from .fisher_blocks import FisherBlock, Moment
+
+_BUFFER_BYTES = 64 * 2**20  # gradients at layer outputs that are held at once
+
+
+class BatchMoments:
+    """The moments of one forward: add sources, then read `moments()`.
+
+    Args:
+        calls: of the layers, in order.
+        blocks: by name, as `calls` name them.
+        num_terms: `N`, the loss terms.
+    """
+
+    def __init__(
+        self, calls: Sequence[LayerCall], blocks: Mapping[str, FisherBlock], num_terms: int
+    ) -> None:
+        self._num_terms = num_terms
+        self._calls = list(calls)
+        called: dict[str, list[int]] = {}
+        for index, call in enumerate(calls):
+            call.check_unchanged()
+            called.setdefault(call.layer, []).append(index)
+        self._layers = {name: (blocks[name], indices) for name, indices in called.items()}
+        self._generic = {n: b for n, b in blocks.items() if b.needs_param_grads}
+        # By block, and by the calls that a loss depends on: another loss may depend on
+        # others. A moment is a mean over the rows of those calls.
+        self._sums: dict[str, dict[tuple[int, ...], list[Tensor]]] = {}
+
+    def add(self, outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Add one source, which has a part `sources[i] [1, *outputs[i].shape]` at every
+        network output.
+        """
+        params = [p for block in self._generic.values() for p in block.params]
+        edges = [call.output for call in self._calls if call.output is not None]
+        grads = source_grads(outputs, sources, [*edges, *params])
+        self._add_calls(grads[: len(edges)])
+        self._add_params(grads[len(edges) :])
+
+    def add_columns(self, z: Tensor, columns: Tensor) -> None:
+        """Add the sources `columns [J, *z.shape]`, the same coordinate of every example."""
+        edges = [call.output for call in self._calls if call.output is not None]
+        if edges:
+            size = sum(call.nbytes for call in self._calls)
+            for chunk in columns.split(max(1, _BUFFER_BYTES // max(1, size))):
+                self._add_calls(source_grads([z], [chunk], edges))
+        params = [p for block in self._generic.values() for p in block.params]
+        if params:
+            # Gradients of parameters mix the examples, so each is a source of its own.
+            for example in range(z.shape[0]):
+                alone = torch.zeros_like(columns)
+                alone[:, example] = columns[:, example]
+                self._add_params(source_grads([z], [alone], params))
+
+    def add_user_grads(self, scale: float) -> None:
+        """Add what the user's backward brought to the layer outputs, times `scale`."""
+        self._add_calls(
+            [
+                scale * torch.stack(call.grads).sum(0, keepdim=True) if call.grads else None
+                for call in self._calls
+            ]
+        )
+
+    @torch.no_grad()
+    def _add_calls(self, grads: Sequence[Tensor | None]) -> None:
+        for name, (block, indices) in self._layers.items():
+            used = {i: grad for i in indices if (grad := grads[i]) is not None}
+            if used:
+                inputs = [self._calls[i].input for i in used]
+                self._add(name, tuple(used), block.grad_moments(inputs, list(used.values())))
+
+    @torch.no_grad()
+    def _add_params(self, grads: Sequence[Tensor | None]) -> None:
+        remaining = list(grads)
+        for name, block in self._generic.items():
+            own = [remaining.pop(0) for _ in block.params]
+            if any(grad is not None for grad in own):
+                self._add(name, (), block.grad_moments([], fill_missing(own, block.params)))
+
+    def _add(self, name: str, used: tuple[int, ...], covs: list[Tensor]) -> None:
+        sums = self._sums.setdefault(name, {})
+        if used in sums:
+            covs = [total + cov for total, cov in zip(sums[used], covs, strict=True)]
+        sums[used] = covs
+
+    @torch.no_grad()
+    def moments(self) -> dict[str, list[Moment]]:
+        """Return the moments of all factors by block; sources are summed."""
+        result = {}
+        for name, sums in self._sums.items():
+            block = self._generic.get(name) or self._layers[name][0]
+            inputs = self._inputs({i for used in sums for i in used})
+            rows = block.num_rows(inputs, self._num_terms)
+            shares = [
+                block.num_rows(self._inputs(used), self._num_terms) / rows for used in sums
+            ]
+            grad_covs = [
+                sum(cov if share == 1 else cov * share for cov, share in zip(c, shares))
+                for c in zip(*sums.values(), strict=True)
+            ]
+            covs = [*block.input_moments(inputs), *grad_covs]
+            result[name] = [Moment(cov, rows, self._num_terms) for cov in covs]
+        return result
+
+    def _inputs(self, used: set[int] | tuple[int, ...]) -> list[Tensor]:
+        return [self._calls[i].input for i in sorted(used)]
+
+
+def fill_missing(
+    grads: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return `grads [S, *param.shape]` with zeros for those that are None."""
+    S = next(grad.shape[0] for grad in grads if grad is not None)
+    return [
+        p.new_zeros(S, *p.shape) if grad is None else grad
+        for grad, p in zip(grads, params, strict=True)
+    ]
