@@ -789,7 +789,7 @@ def test_calls_out_of_order():
     for _ in range(2):  # before instantiating, and before refreshing
         with pytest.raises(RuntimeError, match=r"conv1.*make_inverse_update_ops"):
             factor.get_inverse(0.1)
-        if factor.state_dict()["powers"][0]["matrix"] is None:
+        if not factor.state_dict()["powers"][0]["tensors"]:
             factor.instantiate_inv_variables()
     with pytest.raises(RuntimeError, match="called twice"):
         factor.instantiate_inv_variables()

@@ -4,15 +4,15 @@ Notation: `C [..., n, n]` a symmetric PSD matrix (a running second moment), `λ 
 damping. Everything is batched over the leading dimensions, and nothing runs below
 float32.
 
-Factorise rarely, apply often: these functions are the rare half. `psd_inverse` climbs a
-ladder of two rungs (Cholesky in the dtype given, Cholesky in float64 for the members of
-the batch that failed) and then says which matrix is singular; it never returns a
+Factorise rarely, apply often: these functions are the rare half. `DampedCholesky` climbs
+a ladder of two rungs (Cholesky in the dtype given, Cholesky in float64 for the members
+of the batch that failed) and then says which matrix is singular; there is never a
 pseudo-inverse in silence. Left out: what to do about a failure, which is the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,10 +36,8 @@ def add_damping(C: Tensor, damping: Tensor | float) -> Tensor:
     return damped
 
 
-def psd_inverse(
-    C: Tensor, damping: Tensor | float = 0.0, names: Sequence[str] | None = None
-) -> Tensor:
-    """Return `(C + λI)⁻¹`, `[..., n, n]`, by Cholesky.
+class DampedCholesky:
+    """The Cholesky factorisation of `C + λI`, from which several functions are made.
 
     Args:
         C: `[..., n, n]`, symmetric PSD.
@@ -50,23 +48,83 @@ def psd_inverse(
         torch.linalg.LinAlgError: a member is singular to working precision also in
             float64; the message names it.
 
+    >>> DampedCholesky(torch.tensor([[4.0, 2.0], [2.0, 2.0]])).lower()
+    tensor([[2., 0.],
+            [1., 1.]])
+    """
+
+    def __init__(
+        self,
+        C: Tensor,
+        damping: Tensor | float = 0.0,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self._shape = C.shape
+        damped = add_damping(C, damping).reshape(-1, *C.shape[-2:])
+        L, regular = _cholesky(damped)
+        self._L = L
+        self._rescued: dict[int, Tensor] = {}  # members that needed float64
+        # The one host read of a refresh.
+        for i in (~regular).nonzero().flatten().tolist():
+            L64, regular64 = _cholesky(damped[i].double())
+            if not regular64:
+                raise torch.linalg.LinAlgError(_describe_singular(damped[i], i, names))
+            self._rescued[i] = L64
+            L[i] = torch.eye(len(L64))  # so that batched calls do not stumble over it
+
+    def inverse(self) -> Tensor:
+        """Return `(C + λI)⁻¹`, `[..., n, n]`."""
+        return self._each(torch.cholesky_inverse)
+
+    def lower(self) -> Tensor:
+        """Return `L`, lower triangular with `L Lᵀ = C + λI`."""
+        return self._each(torch.clone)
+
+    def lower_inverse(self) -> Tensor:
+        """Return `L⁻¹`, lower triangular."""
+        return self._each(_triangular_inverse)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        result = function(self._L)
+        for i, L64 in self._rescued.items():
+            result[i] = function(L64)
+        return result.view(self._shape)
+
+
+def _triangular_inverse(L: Tensor) -> Tensor:
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    return torch.linalg.solve_triangular(L, eye, upper=False)
+
+
+def psd_inverse(
+    C: Tensor, damping: Tensor | float = 0.0, names: Sequence[str] | None = None
+) -> Tensor:
+    """Return `(C + λI)⁻¹`, `[..., n, n]`, by Cholesky; arguments as `DampedCholesky`.
+
+    Raises:
+        torch.linalg.LinAlgError: a member is singular to working precision also in
+            float64; the message names it.
+
     >>> psd_inverse(torch.tensor([[5.0, 2.0], [2.0, 4.0]]))
     tensor([[ 0.2500, -0.1250],
             [-0.1250,  0.3125]])
     """
-    damped = add_damping(C, damping).reshape(-1, *C.shape[-2:])
-    L, regular = _cholesky(damped)
-    rescued = {}
-    for i in (~regular).nonzero().flatten().tolist():  # the one host read of a refresh
-        L64, regular64 = _cholesky(damped[i].double())
-        if not regular64:
-            raise torch.linalg.LinAlgError(_describe_singular(damped[i], i, names))
-        rescued[i] = torch.cholesky_inverse(L64)
-        L[i].diagonal().fill_(1.0)  # so that the batched call does not stumble over it
-    inverse = torch.cholesky_inverse(L)
-    for i, inverse64 in rescued.items():
-        inverse[i] = inverse64
-    return inverse.view(C.shape)
+    return DampedCholesky(C, damping, names).inverse()
+
+
+def psd_cholesky(
+    C: Tensor, damping: Tensor | float = 0.0, names: Sequence[str] | None = None
+) -> Tensor:
+    """Return the lower triangular `L [..., n, n]` with `L Lᵀ = C + λI`.
+
+    Raises:
+        torch.linalg.LinAlgError: as `psd_inverse`.
+
+    >>> psd_cholesky(torch.tensor([[3.0, 2.0], [2.0, 1.0]]), 1.0)
+    tensor([[2., 0.],
+            [1., 1.]])
+    """
+    return DampedCholesky(C, damping, names).lower()
 
 
 def _cholesky(C: Tensor) -> tuple[Tensor, Tensor]:

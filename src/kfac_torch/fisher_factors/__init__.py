@@ -6,13 +6,15 @@ The classes of `tf.contrib.kfac.fisher_factors`, live: the optimizer runs on the
 from .base import (
     FactorOptions as FactorOptions,
     FisherFactor as FisherFactor,
-    append_homog as append_homog,
-    compute_cov as compute_cov,
-    scope_string_from_params as scope_string_from_params,
 )
 from .conv import (
     ConvInputKroneckerFactor as ConvInputKroneckerFactor,
     ConvOutputKroneckerFactor as ConvOutputKroneckerFactor,
+)
+from .data import (
+    append_homog as append_homog,
+    compute_cov as compute_cov,
+    scope_string_from_params as scope_string_from_params,
 )
 from .inverse_providing import (
     InverseProvidingFactor as InverseProvidingFactor,

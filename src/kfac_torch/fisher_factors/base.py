@@ -2,14 +2,16 @@
 
 Notation: a factor's data is `tensors[source][tower]`: a *source* is one way of drawing
 gradients (there are several in exact mode; their statistics are summed), a *tower* one
-device's share of the batch. `ε` is the decay of the moving average
+device's share of the batch. An entry is one tensor, or a tuple of those that belong
+together (inputs and output gradients, the gradients of several parameters, the uses of a
+recurrent layer). `ε` is the decay of the moving average
 
     v ← ε v + w C_new,   W ← ε W + w,   cov = v / W
 
 of Martens & Grosse 2015 (arXiv 1503.05671), section 5, bias-corrected: `cov` is kept
 instead of `v` and moves by `cov ← cov + (w / W)(C_new − cov)`. A batch with a NaN or an
-Inf never enters it. Left out: powers of the moment (`inverse_providing.py`), and when
-to update (the estimator's business).
+Inf never enters it. Left out: how powers of the moment are made (`inverse_providing.py`,
+`diagonal.py`), and when to update (the estimator's business).
 """
 
 from __future__ import annotations
@@ -18,15 +20,21 @@ import abc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ..linalg import symmetrize
-
-TensorLike: TypeAlias = Any
-"""A tensor, a NumPy array, anything with DLPack, or a callable that returns one."""
+from ..damping import DampingFunc
+from .data import (
+    INTEGERS,
+    Entry,
+    TensorLike,
+    as_tensor,
+    check_choice,
+    is_provider,
+    parts_of,
+)
 
 _TOWER_STRATEGIES = ("concat", "separate")
 _INITIALS = ("zeros", "identity")
@@ -63,128 +71,23 @@ class FactorOptions:
         check_choice("tower_strategy", self.tower_strategy, _TOWER_STRATEGIES)
 
 
-def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
-    """Raise ValueError, naming the argument, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{argument}: expected one of {choices}, got {value!r}")
-
-
-def compute_cov(
-    tensor: Tensor,
-    tensor_right: Tensor | None = None,
-    normalizer: float | None = None,
-) -> Tensor:
-    """Return `XᵀX/n` symmetrised, or `XᵀY/n`; `n` is the number of rows unless given.
-
-    Args:
-        tensor: `X [n, d]`.
-        tensor_right: `Y [n, e]`.
-        normalizer: replaces the number of rows.
-
-    >>> compute_cov(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    tensor([[ 5.,  7.],
-            [ 7., 10.]])
-    """
-    rows = tensor.shape[0] if normalizer is None else normalizer
-    right = tensor if tensor_right is None else tensor_right
-    moment = tensor.mT @ right
-    moment /= rows  # rather than the rows themselves: there are more of them
-    return symmetrize(moment) if tensor_right is None else moment
-
-
-def append_homog(tensor: Tensor) -> Tensor:
-    """Append the homogeneous coordinate, a one, to the last dimension.
-
-    >>> append_homog(torch.zeros(2, 1))
-    tensor([[0., 1.],
-            [0., 1.]])
-    """
-    return torch.cat([tensor, tensor.new_ones(*tensor.shape[:-1], 1)], dim=-1)
-
-
-def scope_string_from_params(params: Sequence[Any]) -> str:
-    """Return a name for a factor from its arguments, joined by `_`.
-
-    Integer sequences are joined by `-`. Torch tensors carry no name, so they are
-    numbered within the call, in order of appearance: `Tensor`, `Tensor_1`, ...
-
-    Raises:
-        ValueError: an argument that is no tensor, bool, int, string, None or sequence of
-            ints or of tensors (a float is none of these).
-
-    >>> x, y = torch.zeros(1), torch.zeros(2)
-    >>> scope_string_from_params([[1, 2, 3], "foo", True, 4, (x, y)])
-    '1-2-3_foo_True_4_Tensor__Tensor_1'
-    """
-    seen: dict[int, str] = {}
-
-    def tensor_name(tensor: object) -> str:
-        number = len(seen)
-        return seen.setdefault(id(tensor), f"Tensor_{number}" if number else "Tensor")
-
-    def part(param: Any) -> str:
-        if isinstance(param, str | bool | int) or param is None:
-            return str(param)
-        if _is_tensor_like(param):
-            return tensor_name(param)
-        if isinstance(param, list | tuple):
-            if all(isinstance(entry, int) for entry in param):
-                return "-".join(map(str, param))
-            return "__".join(part(entry) for entry in param)
-        raise ValueError(
-            "name of a factor: expected tensors, bools, ints, strings, None or "
-            f"sequences of them, got {param!r}"
-        )
-
-    return "_".join(part(param) for param in params)
-
-
-def _is_tensor_like(value: object) -> bool:
-    return callable(value) or hasattr(value, "__dlpack__")
-
-
-def as_tensor(value: TensorLike, what: str) -> Tensor:
-    """Read a tensor, an array, DLPack, or the callable that provides one; detached.
-
-    Raises:
-        TypeError: it is none of these, or not floating point.
-    """
-    if callable(value) and not isinstance(value, Tensor):
-        value = value()
-    if isinstance(value, Tensor):
-        tensor = value.detach()
-    elif hasattr(value, "__array_interface__"):
-        # A read-only or reversed array cannot be shared, so it is copied.
-        layout = value.__array_interface__
-        strides = layout["strides"] or ()
-        shareable = not layout["data"][1] and all(stride >= 0 for stride in strides)
-        tensor = torch.as_tensor(value if shareable else value.copy())
-    elif hasattr(value, "__dlpack__"):
-        tensor = torch.from_dlpack(value)
-    else:
-        raise TypeError(
-            f"{what}: expected a tensor, a NumPy array or an object with __dlpack__, "
-            f"got {type(value).__name__}"
-        )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{what}: expected a floating-point dtype, got {tensor.dtype}")
-    return tensor
-
-
 class FisherFactor(abc.ABC):
     """A running second moment `cov` of what a layer sees (abstract).
 
     Args:
-        tensors: the data, `tensors[source][tower]`.
+        tensors: the data, `tensors[source][tower]`; each entry a tensor-like, or a tuple
+            of them where the factor takes several.
         name: a name for messages and checkpoints; built from the arguments if None.
         options: see `FactorOptions`.
         dtype: of `cov`; that of the first tensor, but at least float32, if None.
         device: of `cov`; that of the first tensor if None.
     """
 
+    _integers = False  # whether the data are integers rather than floating point
+
     def __init__(
         self,
-        tensors: Sequence[Sequence[TensorLike]],
+        tensors: Sequence[Sequence[Entry]],
         name: str,
         options: FactorOptions,
         dtype: torch.dtype | None,
@@ -196,15 +99,16 @@ class FisherFactor(abc.ABC):
         if not self._tensors or not all(self._tensors):
             raise ValueError(f"{name}: expected at least one tensor, got none")
         given = [
-            as_tensor(tensor, f"{name}, tower {tower}")
+            (tower, self._read(entry, tower))
             for towers in self._tensors
-            for tower, tensor in enumerate(towers)
-            if not callable(tensor) or isinstance(tensor, Tensor)
+            for tower, entry in enumerate(towers)
+            if not any(is_provider(tensor) for tensor in parts_of(entry))
         ]
         self._check(given)
-        natural = given[0].dtype if given else torch.get_default_dtype()
+        floats = [t for _, e in given for t in e if t.is_floating_point()]
+        natural = floats[0].dtype if floats else torch.get_default_dtype()
         self._dtype = dtype or torch.promote_types(natural, torch.float32)
-        self._device = torch.device(device or (given[0].device if given else "cpu"))
+        self._device = torch.device(device or (given[0][1][0].device if given else "cpu"))
         self._cov: Tensor | None = None
         self._weight = 0.0
         self._num_updates = 0
@@ -215,19 +119,40 @@ class FisherFactor(abc.ABC):
     @property
     @abc.abstractmethod
     def _cov_shape(self) -> tuple[int, ...]:
-        """The shape of `cov`."""
+        """The shape of the array that is stored and averaged."""
 
     @abc.abstractmethod
-    def _check_tensor(self, tensor: Tensor) -> None:
-        """Raise ValueError where one tower's tensor does not fit the arguments."""
+    def _check_tensor(self, *tensors: Tensor) -> None:
+        """Raise ValueError where one tower's entry does not fit the arguments."""
 
     @abc.abstractmethod
-    def _new_cov(self, tensor: Tensor) -> Tensor:
-        """The second moment of one tower's tensor."""
+    def _new_cov(self, *tensors: Tensor) -> Tensor:
+        """The second moment of one tower's entry."""
+
+    def _summed_cov(self, *tensors: Tensor) -> Tensor:
+        """The sum of `_new_cov` over the sources that lead the last tensor."""
+        # A mean over rows: that over the rows of all sources, times their number.
+        tensor = self._single(tensors)
+        return self._new_cov(tensor.flatten(0, 1)).mul_(len(tensor))
+
+    def _single(self, tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) != 1:
+            raise ValueError(
+                f"{self.name}: expected one tensor per tower, got {len(tensors)}"
+            )
+        return tensors[0]
+
+    def _first_source(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The entry of one source, from one with a leading dimension of sources."""
+        return (*tensors[:-1], tensors[-1][0])
 
     @abc.abstractmethod
-    def num_rows(self, tensor: Tensor) -> int:
-        """`R`: the rows of the layer in one tower's tensor, the weight of its moment."""
+    def num_rows(self, *tensors: Tensor) -> int:
+        """`R`: the rows of the layer in one tower's entry, the weight of its moment."""
+
+    def _fill_identity(self, cov: Tensor) -> None:
+        """Make the stored zeros that of the identity."""
+        cov.diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
     # Statistics.
 
@@ -254,7 +179,7 @@ class FisherFactor(abc.ABC):
             )
         self._cov = torch.zeros(self._cov_shape, dtype=self._dtype, device=self._device)
         if self._options.initial == "identity":
-            self._cov.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+            self._fill_identity(self._cov)
 
     def get_cov_var(self) -> Tensor | None:
         """Return the tensor behind `get_cov()`; None before `instantiate_cov_variables`.
@@ -269,6 +194,9 @@ class FisherFactor(abc.ABC):
         Raises:
             RuntimeError: before `instantiate_cov_variables`.
         """
+        return self._stored_cov()
+
+    def _stored_cov(self) -> Tensor:
         if self._cov is None:
             raise RuntimeError(
                 f"{self.name}: there is no covariance yet; call "
@@ -276,7 +204,16 @@ class FisherFactor(abc.ABC):
             )
         return self._cov
 
-    def new_cov(self, tensors: Sequence[Sequence[TensorLike]]) -> Tensor:
+    @property
+    def cov_dim(self) -> int:
+        """`n`: the size of the `[n, n]` matrix that the factor stands for."""
+        return self._cov_shape[-1]
+
+    def cov_trace(self) -> Tensor:
+        """Return the trace of the current matrix: 0-dim, or one for each of a stack."""
+        return self.get_cov().diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def new_cov(self, tensors: Sequence[Sequence[Entry]]) -> Tensor:
         """Return the second moment of `tensors[source][tower]`; changes nothing.
 
         Sources are summed, towers averaged as `FactorOptions.tower_strategy` says.
@@ -287,15 +224,14 @@ class FisherFactor(abc.ABC):
         total: Tensor | None = None
         for towers in tensors:
             read = [
-                self._cast(as_tensor(tensor, f"{self.name}, tower {tower}"))
-                for tower, tensor in enumerate(towers)
+                self._cast(self._read(entry, tower)) for tower, entry in enumerate(towers)
             ]
-            self._check(read)
-            rows = [self.num_rows(tensor) for tensor in read]
+            self._check(list(enumerate(read)))
+            rows = [self.num_rows(*entry) for entry in read]
             if self._options.tower_strategy == "separate":
                 rows = [1] * len(read)
-            for tensor, weight in zip(read, rows, strict=True):
-                cov = self._new_cov(tensor).to(self._dtype)
+            for entry, weight in zip(read, rows, strict=True):
+                cov = self._new_cov(*entry).to(self._dtype)
                 share = weight / sum(rows)
                 if total is None:
                     total = cov if share == 1 else cov.mul_(share)
@@ -304,9 +240,29 @@ class FisherFactor(abc.ABC):
         assert total is not None
         return total
 
+    def summed_cov(self, *tensors: TensorLike) -> Tensor:
+        """Return the moment of one tower's entry, summed over sources, in one go.
+
+        Equals `new_cov([[source_0], [source_1], ...])`, without a loop over sources and
+        without a copy of the inputs for each.
+
+        Args:
+            tensors: the entry. The last tensor, the output gradients, has a further
+                *leading* dimension of S sources; where the entry is a tuple of one kind
+                (gradients of several parameters, several uses), all of them have.
+
+        Raises:
+            ValueError: tensors that do not fit the factor.
+        """
+        entry = self._cast(self._read(tensors, 0))
+        if not entry or entry[-1].numel() == 0:
+            raise ValueError(f"{self.name}: summed_cov: expected data, got none")
+        self._check([(0, self._first_source(*entry))])
+        return self._summed_cov(*entry).to(self._dtype)
+
     def accumulate(self, cov: Tensor, ema_decay: float, weight: float = 1.0) -> None:
         """Let a new second moment enter the moving average, with weight `w`."""
-        current = self.get_cov()
+        current = self._stored_cov()
         if self._options.initial == "identity":
             step = 1 - ema_decay
         else:
@@ -329,7 +285,7 @@ class FisherFactor(abc.ABC):
             RuntimeError: before `instantiate_cov_variables`.
             ValueError: `ema_decay` outside [0, 1]; by `op`: data that does not fit.
         """
-        self.get_cov()
+        self._stored_cov()
         decay = float(ema_decay)
         if not 0 <= decay <= 1:
             raise ValueError(
@@ -349,7 +305,9 @@ class FisherFactor(abc.ABC):
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            return self.get_cov()
+            current = self.get_cov_var()
+            assert current is not None
+            return current
 
         return op
 
@@ -357,7 +315,7 @@ class FisherFactor(abc.ABC):
         """Count an update that was left out."""
         self._num_rejected_updates += 1
 
-    def _nest(self, tensors: Sequence[Any]) -> Sequence[Sequence[TensorLike]]:
+    def _nest(self, tensors: Sequence[Any]) -> Sequence[Sequence[Entry]]:
         """Bring what `op` was given to `tensors[source][tower]`."""
         nested = [list(towers) for towers in tensors]
         expected, got = [[len(towers) for towers in t] for t in (self._tensors, nested)]
@@ -368,25 +326,112 @@ class FisherFactor(abc.ABC):
             )
         return nested
 
-    def _check(self, towers: Sequence[Tensor]) -> None:
-        for tower, tensor in enumerate(towers):
-            if tensor.numel() == 0:
+    def _read(self, entry: Entry, tower: int) -> tuple[Tensor, ...]:
+        what = f"{self.name}, tower {tower}"
+        return tuple(
+            as_tensor(part, what, integer=self._integers) for part in parts_of(entry)
+        )
+
+    def _check(self, towers: Sequence[tuple[int, tuple[Tensor, ...]]]) -> None:
+        for tower, entry in towers:
+            for tensor in entry:
+                if tensor.numel() == 0:
+                    raise ValueError(
+                        f"{self.name}, tower {tower}: expected data, got an empty tensor "
+                        f"of shape {tuple(tensor.shape)}"
+                    )
+            self._check_tensor(*entry)
+            first, expected = towers[0][0], [tuple(t.shape) for t in towers[0][1]]
+            shapes = [tuple(tensor.shape) for tensor in entry]
+            if [shape[1:] for shape in shapes] != [shape[1:] for shape in expected]:
+                one = len(expected) == len(shapes) == 1
                 raise ValueError(
-                    f"{self.name}, tower {tower}: expected data, got an empty tensor of "
-                    f"shape {tuple(tensor.shape)}"
-                )
-            self._check_tensor(tensor)
-            if tensor.shape[1:] != towers[0].shape[1:]:
-                raise ValueError(
-                    f"{self.name}: towers of different shape: tower 0 has "
-                    f"{tuple(towers[0].shape)}, tower {tower} has {tuple(tensor.shape)}; "
-                    "only the batch dimension may differ"
+                    f"{self.name}: towers of different shape: tower {first} has "
+                    f"{expected[0] if one else expected}, tower {tower} has "
+                    f"{shapes[0] if one else shapes}; only the batch dimension may differ"
                 )
 
-    def _cast(self, tensor: Tensor) -> Tensor:
+    def _cast(self, entry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Half precision stays as it is here: the moments accumulate in float32.
-        half = tensor.dtype in (torch.float16, torch.bfloat16)
-        return tensor.to(self._device, None if half else self._dtype)
+        as_is = (torch.float16, torch.bfloat16, *INTEGERS)
+        return tuple(
+            t.to(self._device, None if t.dtype in as_is else self._dtype) for t in entry
+        )
+
+    # Powers; how they are made and kept is a subclass's business.
+
+    def register_inverse(self, damping_func: DampingFunc) -> None:
+        """Ask for `(C + λI)⁻¹` to be kept; `register_matpower(-1, damping_func)`."""
+        self.register_matpower(-1, damping_func)
+
+    @abc.abstractmethod
+    def register_matpower(self, exp: float, damping_func: DampingFunc) -> None:
+        """Ask for `(C + λI)^exp` to be kept."""
+
+    @abc.abstractmethod
+    def register_cholesky(self, damping_func: DampingFunc) -> None:
+        """Ask for `L` with `L Lᵀ = C + λI` to be kept."""
+
+    @abc.abstractmethod
+    def register_cholesky_inverse(self, damping_func: DampingFunc) -> None:
+        """Ask for `L⁻¹` with `L Lᵀ = C + λI` to be kept."""
+
+    @abc.abstractmethod
+    def instantiate_inv_variables(self) -> None:
+        """Make the matrices for what is registered."""
+
+    @abc.abstractmethod
+    def make_inverse_update_ops(self) -> list[Callable[[], None]]:
+        """Return callables that refresh the stored matrices from the current `C`."""
+
+    @property
+    @abc.abstractmethod
+    def is_refreshed(self) -> bool:
+        """Whether all that is registered can be read."""
+
+    def get_inverse(self, damping_func: DampingFunc) -> Tensor:
+        """Return the stored `(C + λI)⁻¹`; `get_matpower(-1, damping_func)`."""
+        return self.get_matpower(-1, damping_func)
+
+    @abc.abstractmethod
+    def get_matpower(self, exp: float, damping_func: DampingFunc) -> Tensor:
+        """Return `(C + λI)^exp`."""
+
+    @abc.abstractmethod
+    def left_multiply_matpower(
+        self, x: Tensor, exp: float, damping_func: DampingFunc
+    ) -> Tensor:
+        """Return `(C + λI)^exp x`."""
+
+    @abc.abstractmethod
+    def right_multiply_matpower(
+        self, x: Tensor, exp: float, damping_func: DampingFunc
+    ) -> Tensor:
+        """Return `x (C + λI)^exp`."""
+
+    @abc.abstractmethod
+    def left_multiply_cholesky(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `L x`, or `Lᵀ x`, with `L Lᵀ = C + λI`."""
+
+    @abc.abstractmethod
+    def right_multiply_cholesky(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `x L`, or `x Lᵀ`."""
+
+    @abc.abstractmethod
+    def left_multiply_cholesky_inverse(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `L⁻¹ x`, or `L⁻ᵀ x`."""
+
+    @abc.abstractmethod
+    def right_multiply_cholesky_inverse(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `x L⁻¹`, or `x L⁻ᵀ`."""
 
     # State.
 

@@ -20,12 +20,8 @@ import torch
 from torch import Tensor
 
 from ..patch_moments import patch_second_moment, resolve_padding
-from .base import (
-    FactorOptions,
-    TensorLike,
-    check_choice,
-    scope_string_from_params,
-)
+from .base import FactorOptions
+from .data import TensorLike, check_choice, scope_string_from_params
 from .inverse_providing import InverseProvidingFactor
 
 Padding: TypeAlias = str | int | Sequence[int] | Sequence[tuple[int, int]]
@@ -211,7 +207,8 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         n = offsets * self._channels // self._groups + self._has_bias
         return (n, n) if self._groups == 1 else (self._groups, n, n)
 
-    def _check_tensor(self, tensor: Tensor) -> None:
+    def _check_tensor(self, *tensors: Tensor) -> None:
+        tensor = self._single(tensors)
         rank = self._num_dims + 2
         if tensor.dim() != rank:
             formats = _CHANNELS_LAST if self._channels_last else _CHANNELS_FIRST
@@ -233,12 +230,13 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
     def _nest(self, tensors: Sequence[TensorLike]) -> Sequence[Sequence[TensorLike]]:
         return super()._nest([tensors])  # inputs have one source
 
-    def num_rows(self, tensor: Tensor) -> int:
+    def num_rows(self, *tensors: Tensor) -> int:
         """`N·T`: examples times output locations.
 
         Raises:
             ValueError: the kernel is larger than the padded input.
         """
+        tensor = self._single(tensors)
         space = tensor.shape[1:-1] if self._channels_last else tensor.shape[2:]
         pads = resolve_padding(
             self._padding, space, self._kernel, self._stride, self._dilation
@@ -257,7 +255,8 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
             rows *= room // s + 1
         return rows
 
-    def _new_cov(self, tensor: Tensor) -> Tensor:
+    def _new_cov(self, *tensors: Tensor) -> Tensor:
+        tensor = self._single(tensors)
         if self._channels_last:
             tensor = tensor.movedim(-1, 1)
         cov = patch_second_moment(
@@ -353,7 +352,8 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
     def _cov_shape(self) -> tuple[int, ...]:
         return (self._num_channels, self._num_channels)
 
-    def _check_tensor(self, tensor: Tensor) -> None:
+    def _check_tensor(self, *tensors: Tensor) -> None:
+        tensor = self._single(tensors)
         rank = self._rank or max(3, min(tensor.dim(), 5))
         if tensor.dim() != rank or tensor.shape[self._channel_dim] != self._num_channels:
             where = "second" if self._channel_dim == 1 else "last"
@@ -363,10 +363,12 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
                 f"{tuple(tensor.shape)}"
             )
 
-    def num_rows(self, tensor: Tensor) -> int:
+    def num_rows(self, *tensors: Tensor) -> int:
         """`N·T`: examples times locations."""
+        tensor = self._single(tensors)
         return tensor.numel() // self._num_channels
 
-    def _new_cov(self, tensor: Tensor) -> Tensor:
+    def _new_cov(self, *tensors: Tensor) -> Tensor:
+        tensor = self._single(tensors)
         # The patches of a 1x1 kernel are the rows themselves.
         return patch_second_moment(tensor.movedim(self._channel_dim, 1), 1)

@@ -3,53 +3,61 @@
 Factorise rarely, apply often: powers are registered, stored, refreshed on demand and
 served stale in between, as in `tf.contrib.kfac`. Several inverses with different
 damping, or any power but -1, come from one eigendecomposition; a single inverse from a
-Cholesky factorisation. Left out: when to refresh (the estimator's business), and which
-damping (the block's).
+Cholesky factorisation, which it shares with the triangular `L` and `L⁻¹` where these are
+registered for the same damping. Left out: when to refresh (the estimator's business),
+and which damping (the block's).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, damping_id, evaluate_damping
-from ..linalg import psd_eigh, psd_inverse, psd_power
+from ..linalg import DampedCholesky, psd_eigh, psd_power
 from .base import FisherFactor
+
+Function: TypeAlias = float | str
+"""What is kept of `C + λI`: its power with an exponent, or a function with a name."""
+
+_CHOLESKY = "cholesky"
+_CHOLESKY_INVERSE = "cholesky_inverse"
 
 
 @dataclass
-class _Power:
-    """A registered `(C + λI)^exp`; `matrix` is None until it is instantiated."""
+class Stored:
+    """A registered function of `C + λI`; `tensors` is empty until instantiated."""
 
-    exp: float
+    function: Function
     damping_func: DampingFunc
     damping_id: Hashable
-    matrix: Tensor | None = None
+    tensors: tuple[Tensor, ...] = ()
     refreshed: bool = False
 
 
+Computed: TypeAlias = tuple[Stored, tuple[Tensor, ...]]
+"""A registered function and its new value, before it replaces the old one."""
+
+
 class InverseProvidingFactor(FisherFactor):
-    """A factor `C [..., n, n]` with cached powers of `C + λI` (abstract).
+    """A factor `C [..., n, n]` with cached functions of `C + λI` (abstract).
 
     The units of every damping are those of `C`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._powers: dict[tuple[float, Hashable], _Power] = {}
+        self._stored: dict[tuple[Function, Hashable], Stored] = {}
         self._eigendecomp: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._eigendecomp_requested = False
 
     # Registration.
-
-    def register_inverse(self, damping_func: DampingFunc) -> None:
-        """Ask for `(C + λI)⁻¹` to be kept; `register_matpower(-1, damping_func)`."""
-        self.register_matpower(-1, damping_func)
 
     def register_matpower(self, exp: float, damping_func: DampingFunc) -> None:
         """Ask for `(C + λI)^exp` to be kept; `exp = 1` needs no keeping.
@@ -65,8 +73,18 @@ class InverseProvidingFactor(FisherFactor):
         """
         identity = damping_id(damping_func)
         if exp != 1:
-            power = _Power(float(exp), damping_func, identity)
-            self._powers.setdefault((float(exp), identity), power)
+            self._register(float(exp), damping_func, identity)
+
+    def register_cholesky(self, damping_func: DampingFunc) -> None:
+        """Ask for the lower triangular `L` with `L Lᵀ = C + λI` to be kept."""
+        self._register(_CHOLESKY, damping_func, damping_id(damping_func))
+
+    def register_cholesky_inverse(self, damping_func: DampingFunc) -> None:
+        """Ask for `L⁻¹` to be kept, with `L Lᵀ = C + λI`."""
+        self._register(_CHOLESKY_INVERSE, damping_func, damping_id(damping_func))
+
+    def _register(self, function: Function, damping: DampingFunc, key: Hashable) -> None:
+        self._stored.setdefault((function, key), Stored(function, damping, key))
 
     def instantiate_inv_variables(self) -> None:
         """Make the matrices for what is registered.
@@ -74,16 +92,26 @@ class InverseProvidingFactor(FisherFactor):
         Raises:
             RuntimeError: there is nothing new to instantiate since the last call.
         """
-        new = [power for power in self._powers.values() if power.matrix is None]
-        if self._powers and not new:
+        new = [stored for stored in self._stored.values() if not stored.tensors]
+        if self._stored and not new:
             raise RuntimeError(
                 f"{self.name}: instantiate_inv_variables() was called twice; call it once "
                 "after registering"
             )
-        for power in new:
-            power.matrix = torch.zeros(
-                self._cov_shape, dtype=self._dtype, device=self._device
+        for stored in new:
+            stored.tensors = tuple(
+                torch.zeros(shape, dtype=self._dtype, device=self._device)
+                for shape in self._function_shapes(stored.function)
             )
+
+    def _function_shapes(self, function: Function) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the tensors that are kept for a function."""
+        return (self._matrix_shape,)
+
+    @property
+    def _matrix_shape(self) -> tuple[int, ...]:
+        """The shape of `C`: `[..., n, n]`."""
+        return self._cov_shape
 
     # Refreshing.
 
@@ -93,32 +121,34 @@ class InverseProvidingFactor(FisherFactor):
         `make_inverse_update_ops` also decomposes where `get_eigendecomp` has been called
         since its last call.
         """
-        exps = [power.exp for power in self._instantiated()]
+        exps = [stored.function for stored in self._powers()]
         threshold = self._options.eigenvalue_decomposition_threshold
         return any(exp != -1 for exp in exps) or exps.count(-1) >= threshold
 
     def make_inverse_update_ops(self) -> list[Callable[[], None]]:
         """Return callables that refresh the stored matrices from the current `C`.
 
-        One for all of them where an eigendecomposition is shared, else one each; none
-        where nothing is instantiated.
+        One for all powers where an eigendecomposition is shared, else one for each
+        damping; none where nothing is instantiated.
 
         Raises (by the callables):
             torch.linalg.LinAlgError: `C + λI` is singular; the old matrices are kept.
         """
-        powers = self._instantiated()
-        use_eigendecomp = self._eigendecomp_requested or self.uses_eigendecomp()
+        eigen = self._eigendecomp_requested or self.uses_eigendecomp()
         self._eigendecomp_requested = False
-        if not powers:
-            return []
-        if use_eigendecomp:
-            return [lambda: _store(self._powers_by_eigendecomp())]
-        return [lambda power=power: _store(_inverses([(self, power)])) for power in powers]
+        ops = list[Callable[[], None]]()
+        if eigen and self._powers():
+            ops.append(lambda: _store(self._powers_by_eigendecomp()))
+        for wanted in self._by_cholesky(eigen).values():
+            ops.append(lambda wanted=wanted: _store(_factorise([(self, wanted)])))
+        if self._others():
+            ops.append(lambda: _store(self._compute_others()))
+        return ops
 
     @property
     def is_refreshed(self) -> bool:
-        """Whether every registered power has been computed at least once."""
-        return all(power.refreshed for power in self._powers.values())
+        """Whether all that is registered has been computed at least once."""
+        return all(stored.refreshed for stored in self._stored.values())
 
     def get_eigendecomp(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues `[..., n]` and eigenvectors `[..., n, n]` of the current `C`.
@@ -134,31 +164,56 @@ class InverseProvidingFactor(FisherFactor):
 
     def _current_eigendecomp(self) -> tuple[Tensor, Tensor]:
         cov = self.get_cov()
-        if self._eigendecomp is None or self._eigendecomp[0] != cov._version:
+        version = self._stored_cov()._version
+        if self._eigendecomp is None or self._eigendecomp[0] != version:
             floor = self._options.eigenvalue_clipping_threshold
-            self._eigendecomp = cov._version, psd_eigh(cov, floor)
+            self._eigendecomp = version, psd_eigh(cov, floor)
         return self._eigendecomp[1]
 
-    def _instantiated(self) -> list[_Power]:
-        return [power for power in self._powers.values() if power.matrix is not None]
+    def _instantiated(self) -> list[Stored]:
+        return [stored for stored in self._stored.values() if stored.tensors]
 
-    def _powers_by_eigendecomp(self) -> list[tuple[_Power, Tensor]]:
-        powers = self._instantiated()
-        dampings = {  # each damping function is called once
-            power.damping_id: power.damping_func for power in reversed(powers)
-        }
-        values = {key: evaluate_damping(func, self.name) for key, func in dampings.items()}
-        e, V = self._current_eigendecomp()
+    def _powers(self) -> list[Stored]:
+        return [s for s in self._instantiated() if isinstance(s.function, float)]
+
+    def _by_cholesky(self, eigen: bool) -> dict[Hashable, list[Stored]]:
+        """By damping: what one Cholesky factorisation of `C + λI` gives."""
+        direct = (_CHOLESKY, _CHOLESKY_INVERSE) if eigen else tuple(_FROM_CHOLESKY)
+        groups = defaultdict(list)
+        for stored in self._instantiated():
+            if stored.function in direct:
+                groups[stored.damping_id].append(stored)
+        return groups
+
+    def _others(self) -> list[Stored]:
+        """What neither an eigendecomposition nor a Cholesky factorisation gives."""
         return [
-            (power, psd_power(e, V, power.exp, values[power.damping_id], self.name))
-            for power in powers
+            stored
+            for stored in self._instantiated()
+            if isinstance(stored.function, str) and stored.function not in _FROM_CHOLESKY
         ]
 
-    # Serving.
+    def _compute_others(self) -> list[Computed]:
+        """New values of `_others`."""
+        return []
 
-    def get_inverse(self, damping_func: DampingFunc) -> Tensor:
-        """Return the stored `(C + λI)⁻¹`; `get_matpower(-1, damping_func)`."""
-        return self.get_matpower(-1, damping_func)
+    def _evaluated(self, wanted: Sequence[Stored]) -> dict[Hashable, Tensor | float]:
+        """The damping of each identity; each function is called once, the first wins."""
+        funcs = {stored.damping_id: stored.damping_func for stored in reversed(wanted)}
+        return {key: evaluate_damping(func, self.name) for key, func in funcs.items()}
+
+    def _powers_by_eigendecomp(self) -> list[Computed]:
+        powers = self._powers()
+        values = self._evaluated(powers)
+        e, V = self._current_eigendecomp()
+        computed = list[Computed]()
+        for power in powers:
+            exp, damping = power.function, values[power.damping_id]
+            assert isinstance(exp, float)
+            computed.append((power, (psd_power(e, V, exp, damping, self.name),)))
+        return computed
+
+    # Serving.
 
     def get_matpower(self, exp: float, damping_func: DampingFunc) -> Tensor:
         """Return `(C + λI)^exp` as of the last refresh; for `exp = 1` of the current `C`.
@@ -168,20 +223,46 @@ class InverseProvidingFactor(FisherFactor):
             RuntimeError: not instantiated, or not refreshed since.
         """
         if exp == 1:
-            eye = torch.eye(self._cov_shape[-1], dtype=self._dtype, device=self._device)
+            eye = torch.eye(self.cov_dim, dtype=self._dtype, device=self._device)
             return self.get_cov() + evaluate_damping(damping_func, self.name) * eye
-        power = self._powers.get((float(exp), damping_id(damping_func)))
-        if power is None:
+        register = f"register_matpower({exp}, damping_func)"
+        return self._get(float(exp), damping_func, f"the power {exp}", register)[0]
+
+    def get_cholesky(self, damping_func: DampingFunc) -> Tensor:
+        """Return `L` with `L Lᵀ = C + λI`, as of the last refresh.
+
+        Raises:
+            KeyError, RuntimeError: as `get_matpower`.
+        """
+        register = "register_cholesky(damping_func)"
+        return self._get(_CHOLESKY, damping_func, "the Cholesky factor", register)[0]
+
+    def get_cholesky_inverse(self, damping_func: DampingFunc) -> Tensor:
+        """Return `L⁻¹` with `L Lᵀ = C + λI`, as of the last refresh.
+
+        Raises:
+            KeyError, RuntimeError: as `get_matpower`.
+        """
+        what, register = "the inverse Cholesky factor", "register_cholesky_inverse"
+        return self._get(
+            _CHOLESKY_INVERSE, damping_func, what, f"{register}(damping_func)"
+        )[0]
+
+    def _get(
+        self, function: Function, damping_func: DampingFunc, what: str, register: str
+    ) -> tuple[Tensor, ...]:
+        stored = self._stored.get((function, damping_id(damping_func)))
+        if stored is None:
             raise KeyError(
-                f"{self.name}: the power {exp} with this damping is not registered; call "
-                f"register_matpower({exp}, damping_func) with the same damping first"
+                f"{self.name}: {what} with this damping is not registered; call "
+                f"{register} with the same damping first"
             )
-        if power.matrix is None or not power.refreshed:
+        if not stored.tensors or not stored.refreshed:
             raise RuntimeError(
-                f"{self.name}: the power {exp} has not been computed yet; call "
+                f"{self.name}: {what} has not been computed yet; call "
                 "instantiate_inv_variables(), then every op of make_inverse_update_ops()"
             )
-        return power.matrix
+        return stored.tensors
 
     def left_multiply_matpower(
         self, x: Tensor, exp: float, damping_func: DampingFunc
@@ -192,10 +273,6 @@ class InverseProvidingFactor(FisherFactor):
             ValueError: `x` is not a dense matrix with `n` rows.
             KeyError, RuntimeError: as `get_matpower`.
         """
-        if x.layout != torch.strided:
-            raise ValueError(
-                f"{self.name}: left_multiply_matpower: expected a dense x, got {x.layout}"
-            )
         self._check_matrix(x, "left_multiply_matpower", 0)
         if exp == 1:
             return self.get_cov() @ x + evaluate_damping(damping_func, self.name) * x
@@ -214,23 +291,56 @@ class InverseProvidingFactor(FisherFactor):
             KeyError, RuntimeError: as `get_matpower`.
         """
         self._check_matrix(x, "right_multiply_matpower", 1)
-        if x.layout == torch.sparse_coo and x.sparse_dim() == 1:
+        if x.layout == torch.sparse_coo:
             x = x.coalesce()
             values = self.right_multiply_matpower(x.values(), exp, damping_func)
             return torch.sparse_coo_tensor(
                 x.indices(), values, x.shape, is_coalesced=True, check_invariants=False
             )
-        if x.layout != torch.strided:
-            raise ValueError(
-                f"{self.name}: right_multiply_matpower: expected a dense x or one with "
-                f"sparse rows (one sparse dimension), got {x.layout}"
-            )
         if exp == 1:
             return x @ self.get_cov() + evaluate_damping(damping_func, self.name) * x
         return x @ self.get_matpower(exp, damping_func)
 
-    def _check_matrix(self, x: Tensor, method: str, dim: int) -> None:
-        n = self._cov_shape[-1]
+    def left_multiply_cholesky(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `L x`, or `Lᵀ x`, for dense `x [n, k]`; raises as `get_cholesky`."""
+        self._check_matrix(x, "left_multiply_cholesky", 0)
+        return _maybe_transposed(self.get_cholesky(damping_func), transpose) @ x
+
+    def right_multiply_cholesky(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `x L`, or `x Lᵀ`, for dense `x [k, n]`; raises as `get_cholesky`."""
+        self._check_matrix(x, "right_multiply_cholesky", 1, sparse=False)
+        return x @ _maybe_transposed(self.get_cholesky(damping_func), transpose)
+
+    def left_multiply_cholesky_inverse(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `L⁻¹ x`, or `L⁻ᵀ x`, for dense `x [n, k]`."""
+        self._check_matrix(x, "left_multiply_cholesky_inverse", 0)
+        return _maybe_transposed(self.get_cholesky_inverse(damping_func), transpose) @ x
+
+    def right_multiply_cholesky_inverse(
+        self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
+    ) -> Tensor:
+        """Return `x L⁻¹`, or `x L⁻ᵀ`, for dense `x [k, n]`."""
+        self._check_matrix(x, "right_multiply_cholesky_inverse", 1, sparse=False)
+        return x @ _maybe_transposed(self.get_cholesky_inverse(damping_func), transpose)
+
+    def _check_matrix(
+        self, x: Tensor, method: str, dim: int, sparse: bool | None = None
+    ) -> None:
+        rows = sparse is not False and dim == 1
+        if x.layout != torch.strided and not (
+            rows and x.layout == torch.sparse_coo and x.sparse_dim() == 1
+        ):
+            also = " or one with sparse rows (one sparse dimension)" if rows else ""
+            raise ValueError(
+                f"{self.name}: {method}: expected a dense x{also}, got {x.layout}"
+            )
+        n = self.cov_dim
         if x.dim() != 2 or x.shape[dim] != n:
             expected = f"[{n}, k]" if dim == 0 else f"[k, {n}]"
             raise ValueError(
@@ -244,9 +354,8 @@ class InverseProvidingFactor(FisherFactor):
         """Move the state to a device; data given later is moved there too."""
         super().to(device)
         self._eigendecomp = None
-        for power in self._instantiated():
-            assert power.matrix is not None
-            power.matrix = power.matrix.to(self._device)
+        for stored in self._stored.values():
+            stored.tensors = tuple(tensor.to(self._device) for tensor in stored.tensors)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,11 +366,11 @@ class InverseProvidingFactor(FisherFactor):
         """
         powers = [
             {
-                "exp": power.exp,
-                "matrix": None if power.matrix is None else power.matrix.clone(),
-                "refreshed": power.refreshed,
+                "exp": stored.function,
+                "tensors": [tensor.clone() for tensor in stored.tensors],
+                "refreshed": stored.refreshed,
             }
-            for power in self._powers.values()
+            for stored in self._stored.values()
         ]
         return {
             **super().state_dict(),
@@ -272,12 +381,12 @@ class InverseProvidingFactor(FisherFactor):
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError where `load_state_dict` would not fit; changes nothing."""
         super().check_state_dict(state)
-        registered = [power.exp for power in self._powers.values()]
-        stored = [power["exp"] for power in state["powers"]]
-        if registered != stored:
+        registered = [stored.function for stored in self._stored.values()]
+        found = [power["exp"] for power in state["powers"]]
+        if registered != found:
             raise ValueError(
                 f"{self.name}: expected the powers {registered} in the state, in order of "
-                f"registration, got {stored}; register the same powers before loading"
+                f"registration, got {found}; register the same powers before loading"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -289,59 +398,88 @@ class InverseProvidingFactor(FisherFactor):
         super().load_state_dict(state)
         self._eigendecomp = None
         self._eigendecomp_requested = state["eigendecomp_requested"]
-        for power, stored in zip(self._powers.values(), state["powers"], strict=True):
-            matrix = stored["matrix"]
-            power.matrix = (
-                None if matrix is None else matrix.to(self._device, self._dtype, copy=True)
+        for stored, power in zip(self._stored.values(), state["powers"], strict=True):
+            stored.tensors = tuple(
+                tensor.to(self._device, self._dtype, copy=True)
+                for tensor in power["tensors"]
             )
-            power.refreshed = stored["refreshed"]
+            stored.refreshed = power["refreshed"]
 
 
-def refresh_inverses(factors: Iterable[InverseProvidingFactor]) -> None:
-    """Refresh all stored powers of all factors; same-size inverses in one batch.
+DenseSquareMatrixFactor = InverseProvidingFactor  # its name after r1.8
+
+
+def refresh_inverses(factors: Iterable[FisherFactor]) -> None:
+    """Refresh all that the factors store; same-size factorisations in one batch.
+
+    Factors that store nothing (diagonal ones) are passed over.
 
     Raises:
         torch.linalg.LinAlgError: a damped factor is singular; the message names it and
             every stored matrix of every factor keeps its old value.
     """
-    new: list[tuple[_Power, Tensor]] = []
+    new: list[Computed] = []
     batches = defaultdict(list)
     for factor in dict.fromkeys(factors):
-        if factor.uses_eigendecomp():
+        if not isinstance(factor, InverseProvidingFactor):
+            continue
+        eigen = factor.uses_eigendecomp()
+        if eigen:
             new += factor._powers_by_eigendecomp()
-        else:
-            key = (factor._cov_shape, factor._dtype, factor._device)
-            batches[key] += [(factor, power) for power in factor._instantiated()]
+        for wanted in factor._by_cholesky(eigen).values():
+            functions = frozenset(stored.function for stored in wanted)
+            key = (factor._matrix_shape, factor._dtype, factor._device, functions)
+            batches[key].append((factor, wanted))
+        new += factor._compute_others()
     for batch in batches.values():
-        new += _inverses(batch)
+        new += _factorise(batch)
     _store(new)
 
 
-def _inverses(
-    batch: list[tuple[InverseProvidingFactor, _Power]],
-) -> list[tuple[_Power, Tensor]]:
-    """Invert same-size factors in one call."""
-    if not batch:
-        return []
+_FROM_CHOLESKY = MappingProxyType(
+    {
+        -1.0: DampedCholesky.inverse,
+        _CHOLESKY: DampedCholesky.lower,
+        _CHOLESKY_INVERSE: DampedCholesky.lower_inverse,
+    }
+)
+
+
+def _factorise(
+    batch: list[tuple[InverseProvidingFactor, list[Stored]]],
+) -> list[Computed]:
+    """Factorise same-size factors in one call, and compute what is wanted of each.
+
+    Each member wants the same functions, of one damping.
+    """
     dampings = [
         torch.as_tensor(
-            evaluate_damping(power.damping_func, factor.name),
+            evaluate_damping(wanted[0].damping_func, factor.name),
             dtype=factor._dtype,
             device=factor._device,
         )
-        for factor, power in batch
+        for factor, wanted in batch
     ]
     covs = torch.stack([factor.get_cov() for factor, _ in batch])
     batch_shape = covs.shape[:-2]  # grouped factors have a further leading dimension
     damping = torch.stack(dampings).view(-1, *[1] * (len(batch_shape) - 1))
     repeats = batch_shape[1:].numel()
     names = [factor.name for factor, _ in batch for _ in range(repeats)]
-    inverses = psd_inverse(covs, damping.expand(batch_shape), names)
-    return [(power, inv) for (_, power), inv in zip(batch, inverses, strict=True)]
+    cholesky = DampedCholesky(covs, damping.expand(batch_shape), names)
+    values = {s.function: _FROM_CHOLESKY[s.function](cholesky) for s in batch[0][1]}
+    return [
+        (stored, (values[stored.function][i],))
+        for i, (_, wanted) in enumerate(batch)
+        for stored in wanted
+    ]
 
 
-def _store(new: list[tuple[_Power, Tensor]]) -> None:
-    for power, matrix in new:
-        assert power.matrix is not None
-        power.matrix.copy_(matrix)
-        power.refreshed = True
+def _store(new: list[Computed]) -> None:
+    for stored, tensors in new:
+        for old, tensor in zip(stored.tensors, tensors, strict=True):
+            old.copy_(tensor)
+        stored.refreshed = True
+
+
+def _maybe_transposed(L: Tensor, transpose: bool) -> Tensor:
+    return L.mT if transpose else L

@@ -12,13 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import (
-    FactorOptions,
-    TensorLike,
-    append_homog,
-    compute_cov,
-    scope_string_from_params,
-)
+from .base import FactorOptions
+from .data import TensorLike, append_homog, compute_cov, scope_string_from_params
 from .inverse_providing import InverseProvidingFactor
 
 
@@ -77,18 +72,21 @@ class FullyConnectedKroneckerFactor(InverseProvidingFactor):
         n = self._size + self._has_bias
         return (n, n)
 
-    def _check_tensor(self, tensor: Tensor) -> None:
+    def _check_tensor(self, *tensors: Tensor) -> None:
+        tensor = self._single(tensors)
         if tensor.dim() < 1 or tensor.shape[-1] != self._size:
             raise ValueError(
                 f"{self.name}: expected rows of {self._size} features [..., "
                 f"{self._size}], got shape {tuple(tensor.shape)}"
             )
 
-    def num_rows(self, tensor: Tensor) -> int:
+    def num_rows(self, *tensors: Tensor) -> int:
         """`R`: the product of the leading dimensions."""
+        tensor = self._single(tensors)
         return tensor.numel() // self._size
 
-    def _new_cov(self, tensor: Tensor) -> Tensor:
+    def _new_cov(self, *tensors: Tensor) -> Tensor:
+        tensor = self._single(tensors)
         rows = tensor.reshape(-1, self._size)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if not self._has_bias:
