@@ -1,0 +1,81 @@
+"""Independent Bernoulli variables as the output: the binary cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from .base import NaturalParamsNegativeLogProbLoss, attained_scale, check_output
+
+
+class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
+    """`z` are the logits of independent Bernoulli variables.
+
+    An example is one loss term: coordinates are summed over all dimensions but the first.
+
+    Args:
+        logits: `z [N, ...]`.
+        targets: of the shape of `logits`, in [0, 1].
+        name: for messages.
+
+    Raises:
+        ValueError: no batch dimension.
+
+    >>> MultiBernoulliNegativeLogProbLoss(torch.zeros(1, 2)).multiply_fisher(
+    ...     torch.tensor([[1.0, 2.0]])
+    ... )
+    tensor([[0.2500, 0.5000]])
+    """
+
+    def __init__(
+        self, logits: Tensor, targets: Tensor | None = None, name: str | None = None
+    ) -> None:
+        super().__init__(logits, targets, name)
+
+    def check_inputs(self) -> None:
+        """Raise ValueError unless `z` is `[N, ...]`."""
+        check_output(self, min_dim=1)
+
+    @property
+    def num_terms(self) -> int:
+        """`N`, the number of examples."""
+        return self._inputs.shape[0]
+
+    def _p(self) -> Tensor:
+        return self._inputs.detach().sigmoid()
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        """Draw zeros and ones, in the shape and dtype of `z`."""
+        return torch.bernoulli(self._p(), generator=generator)
+
+    def evaluate_on_targets(self, targets: Tensor) -> Tensor:
+        """Return `−Σ y log σ(z) + (1 − y) log(1 − σ(z))`."""
+        return functional.binary_cross_entropy_with_logits(
+            self._inputs, targets.to(self._inputs.dtype), reduction="sum"
+        )
+
+    def multiply_fisher(self, vector: Tensor) -> Tensor:
+        """Return `σ(1 − σ) v`."""
+        p = self._p()
+        return p * (1 - p) * vector
+
+    def multiply_fisher_factor(self, vector: Tensor) -> Tensor:
+        """Return `√(σ(1 − σ)) v`."""
+        p = self._p()
+        return (p * (1 - p)).sqrt() * vector
+
+    def multiply_fisher_factor_transpose(self, vector: Tensor) -> Tensor:
+        """Return `√(σ(1 − σ)) v`; `B` is symmetric."""
+        return self.multiply_fisher_factor(vector)
+
+    def gradient_scale(
+        self, gradient: Tensor, value: Tensor | float | None = None
+    ) -> Tensor | None:
+        """Recover `c` from `g = c (σ − y)`, `y` in [0, 1].
+
+        Only hard targets show it: |σ − y| is σ where `y = 0` and 1 − σ where `y = 1`.
+        """
+        p = self._p().double()
+        g = gradient.double()
+        return attained_scale(g.abs(), torch.where(g > 0, p, 1 - p))

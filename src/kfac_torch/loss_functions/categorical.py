@@ -1,0 +1,111 @@
+"""Categorical distributions of the output: the cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from .base import NaturalParamsNegativeLogProbLoss, attained_scale, check_output
+
+
+class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
+    """`z` are the logits of a categorical distribution; the loss is the cross-entropy.
+
+    Args:
+        logits: `z [..., classes]`; every row over all leading dimensions is a loss term.
+        targets: class indices of the leading shape.
+        name: for messages.
+        class_dim: where the classes are; 1 for PyTorch's `[N, classes, *space]`.
+
+    Raises:
+        ValueError: fewer than two classes, or no batch dimension.
+
+    >>> logits, targets = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1])
+    >>> CategoricalLogitsNegativeLogProbLoss(logits, targets).evaluate()
+    tensor(1.6265)
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor | None = None,
+        name: str | None = None,
+        *,
+        class_dim: int = -1,
+    ) -> None:
+        self._class_dim = self._event_dim = class_dim
+        super().__init__(logits, targets, name)
+
+    def check_inputs(self) -> None:
+        """Raise ValueError unless `z` is `[..., classes]` with two classes or more."""
+        check_output(self, min_dim=2)
+        classes = self._inputs.shape[self._class_dim]
+        if classes < 2:
+            raise ValueError(
+                f"loss {self.name}: expected logits of at least two classes in dimension "
+                f"{self._class_dim} of the network output, got shape "
+                f'{tuple(self._inputs.shape)}; for one logit per target use "bernoulli"'
+            )
+
+    @property
+    def num_terms(self) -> int:
+        """`N`, the number of rows of logits."""
+        return self._inputs.numel() // self._inputs.shape[self._class_dim]
+
+    def _p(self) -> Tensor:
+        return self._inputs.detach().softmax(self._class_dim)
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        """Draw class indices, of the shape of `z` without the classes."""
+        p = self._p().movedim(self._class_dim, -1)
+        rows = p.reshape(-1, p.shape[-1])
+        # multinomial is not written for half precision everywhere
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return torch.multinomial(rows, 1, generator=generator).view(p.shape[:-1])
+
+    def evaluate_on_targets(self, targets: Tensor) -> Tensor:
+        """Return `−Σ log p_y`."""
+        logits = self._inputs.movedim(self._class_dim, -1)
+        logits = logits.reshape(-1, logits.shape[-1])
+        return functional.cross_entropy(logits, targets.reshape(-1), reduction="sum")
+
+    def multiply_fisher(self, vector: Tensor) -> Tensor:
+        """Return `(diag(p) − ppᵀ) v`."""
+        p = self._p()
+        return p * (vector - (p * vector).sum(self._class_dim, keepdim=True))
+
+    def multiply_fisher_factor(self, vector: Tensor) -> Tensor:
+        """Return `B v`, `B = diag(√p) − p√pᵀ`, which is not symmetric."""
+        p = self._p()
+        root = p.sqrt()
+        return root * vector - p * (root * vector).sum(self._class_dim, keepdim=True)
+
+    def multiply_fisher_factor_transpose(self, vector: Tensor) -> Tensor:
+        """Return `Bᵀ v = √p ∘ (v − pᵀv)`."""
+        p = self._p()
+        return p.sqrt() * (vector - (p * vector).sum(self._class_dim, keepdim=True))
+
+    def gradient_scale(
+        self, gradient: Tensor, value: Tensor | float | None = None
+    ) -> Tensor | None:
+        """Recover `c` from `g = c (p − q)`, `q` a distribution over the classes.
+
+        Only hard targets show it: where `q_j = 0` the gradient is `c p_j`.
+        """
+        dim = self._class_dim
+        p = self._p().double()
+        g = gradient.double()
+        if (self._inputs.logsumexp(dim).abs() < 1e-3).all():
+            # z are log-probabilities, and the loss may well be −z_y: g = −c q.
+            g = g - p * g.sum(dim, keepdim=True)
+        tolerance = 1e-3 + 8 * torch.finfo(gradient.dtype).eps
+        if g.sum(dim).abs().max() > tolerance * g.abs().max():
+            return torch.full((), torch.nan)
+        return attained_scale(g, torch.where(g > 0, p, torch.inf)) or _negative(
+            attained_scale(-g, torch.where(g < 0, p, torch.inf))
+        )
+
+
+def _negative(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else -scale

@@ -1,0 +1,116 @@
+"""What the user minimises, from a name, a torch criterion or a loss factory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from .base import NegativeLogProbLoss
+from .bernoulli import MultiBernoulliNegativeLogProbLoss
+from .categorical import CategoricalLogitsNegativeLogProbLoss
+from .normal import NormalMeanNegativeLogProbLoss
+
+LossFactory: TypeAlias = Callable[[Tensor], NegativeLogProbLoss]
+
+_REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the user minimises: `reduction` over terms of `coeff · −log p(y|z)`.
+
+    Args:
+        factory: makes the distribution from the network output.
+        reduction: `"mean"` or `"sum"` over loss terms; None is a mean, not yet checked.
+        per_output: the criterion also averages over an example's outputs, so that
+            `coeff` is divided by their number.
+        scale: `coeff` before that.
+    """
+
+    factory: LossFactory
+    reduction: str | None = None
+    per_output: bool = False
+    scale: float = 1.0
+
+    def coeff(self, output: Tensor) -> float:
+        """The weight of `−log p(y|z)` in one loss term; the Fisher is scaled by it."""
+        outputs = output[0].numel() if self.per_output else 1
+        return self.scale / outputs
+
+
+def make_objective(loss: str | nn.Module | LossFactory) -> Objective:
+    """Return the `Objective` that a `loss` argument means.
+
+    Args:
+        loss: `"categorical"` (classes last), `"normal"` (unit variance: `½‖y − z‖²`) or
+            `"bernoulli"`, a mean over loss terms; or the torch criterion in use
+            (`nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`), its reduction
+            understood; or a `NegativeLogProbLoss` class or factory.
+
+    Raises:
+        ValueError: an unknown name, criterion, or option of one.
+        TypeError: something else.
+
+    >>> import torch
+    >>> make_objective(nn.MSELoss()).coeff(torch.zeros(8, 4))  # (2/4) · ½‖y − z‖²
+    0.5
+    """
+    if isinstance(loss, str):
+        if loss not in _BY_NAME:
+            raise ValueError(f"loss: expected one of {tuple(_BY_NAME)}, got {loss!r}")
+        return Objective(_BY_NAME[loss])
+    if isinstance(loss, nn.Module):
+        return _objective_of_criterion(loss)
+    if callable(loss):
+        return Objective(loss)
+    raise TypeError(
+        "loss: expected a name, a torch criterion, or a NegativeLogProbLoss class or "
+        f"factory, got {loss!r}"
+    )
+
+
+def _objective_of_criterion(criterion: nn.Module) -> Objective:
+    reduction = str(getattr(criterion, "reduction", None))
+    mean = reduction == "mean"
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"loss: expected a criterion with a reduction in {_REDUCTIONS}, got "
+            f"{criterion} with {reduction!r}"
+        )
+    for option in ("weight", "pos_weight"):
+        if getattr(criterion, option, None) is not None:
+            raise ValueError(
+                f"loss: {criterion} with {option}= is not the negative log-likelihood of "
+                "a distribution known here; pass a NegativeLogProbLoss factory"
+            )
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        return Objective(_categorical_channels_first, reduction)
+    if isinstance(criterion, nn.MSELoss):
+        return Objective(_unit_normal, reduction, per_output=mean, scale=2.0)
+    if isinstance(criterion, nn.BCEWithLogitsLoss):
+        return Objective(MultiBernoulliNegativeLogProbLoss, reduction, per_output=mean)
+    raise ValueError(
+        "loss: expected nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, got "
+        f"{criterion}; pass a NegativeLogProbLoss class or factory for any other loss"
+    )
+
+
+def _unit_normal(output: Tensor) -> NegativeLogProbLoss:
+    return NormalMeanNegativeLogProbLoss(output, var=1.0)
+
+
+def _categorical_channels_first(output: Tensor) -> NegativeLogProbLoss:
+    return CategoricalLogitsNegativeLogProbLoss(output, class_dim=1)
+
+
+_BY_NAME: Mapping[str, LossFactory] = MappingProxyType(
+    {
+        "categorical": CategoricalLogitsNegativeLogProbLoss,
+        "normal": _unit_normal,
+        "bernoulli": MultiBernoulliNegativeLogProbLoss,
+    }
+)
