@@ -103,7 +103,7 @@ def test_norm_constraint_bounds_the_fisher_norm_of_a_step(momentum_type):
             i for i, p in enumerate(model.parameters()) if any(p is q for q in block.params)
         ]
         moved = [before[i] - list(model.parameters())[i].detach() for i in index]
-        V = block.params_to_matrix(moved).mT
+        V = block.params_to_vector(moved)
         squared += (V * block.multiply(V)).sum().item()
     assert squared == pytest.approx(1e-4, rel=1e-6)
 

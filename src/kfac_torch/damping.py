@@ -78,6 +78,10 @@ def evaluate_damping(damping_func: DampingFunc, name: str) -> Tensor | float:
     value = damping_func() if callable(damping_func) else damping_func
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value
+    if isinstance(value, Tensor) and value.dim():  # one for each of a stack of matrices
+        for number in value.flatten().tolist():
+            check_damping(number, f"the damping of {name}")
+        return value
     check_damping(value, f"the damping of {name}")
     return value
 
@@ -101,6 +105,17 @@ def normalize_damping(damping: float, num_replications: float) -> float:
     return damping / num_replications
 
 
+def compute_pi(left_mean: Tensor, right_mean: Tensor) -> Tensor:
+    """Return `π`, the root of the ratio of two mean eigenvalues; 1 where either is 0.
+
+    >>> compute_pi(torch.tensor(4.0), torch.tensor(1.0))
+    tensor(2.)
+    """
+    both = (left_mean > 0) & (right_mean > 0)
+    # `where` twice, so that neither branch divides by zero.
+    return torch.where(both, left_mean / torch.where(both, right_mean, 1), 1.0).sqrt()
+
+
 def compute_pi_tracenorm(left_cov: Tensor, right_cov: Tensor) -> Tensor:
     """Return `π = sqrt((tr A / m) / (tr G / n))`, 0-dim; 1 where either trace is 0.
 
@@ -112,10 +127,7 @@ def compute_pi_tracenorm(left_cov: Tensor, right_cov: Tensor) -> Tensor:
     >>> compute_pi_tracenorm(torch.diag(torch.tensor([1., 2., 0., 1.])), torch.ones(2, 2))
     tensor(1.)
     """
-    left, right = _mean_diagonal(left_cov), _mean_diagonal(right_cov)
-    both = (left > 0) & (right > 0)
-    # `where` twice, so that neither branch divides by zero.
-    return torch.where(both, left / torch.where(both, right, 1), 1.0).sqrt()
+    return compute_pi(_mean_diagonal(left_cov), _mean_diagonal(right_cov))
 
 
 def _mean_diagonal(cov: Tensor) -> Tensor:

@@ -16,18 +16,14 @@ from strides.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..damping import (
-    PackagedFunc,
-    compute_pi_adjusted_damping,
-    evaluate_damping,
-    normalize_damping,
-)
+from ..damping import PackagedFunc, compute_pi, evaluate_damping, normalize_damping
 from ..fisher_factors import FactorOptions
 from .base import (
     FisherBlock,
@@ -84,9 +80,9 @@ class KroneckerProductFB(FisherBlock):
         """`(π√(λ/T), √(λ/T)/π)`, from the current factors."""
         A, G = self._sides()
         damping = float(evaluate_damping(self._damping, self.name))
-        return compute_pi_adjusted_damping(
-            A.get_cov_var(), G.get_cov_var(), normalize_damping(damping, self.num_locations)
-        )
+        root = math.sqrt(normalize_damping(damping, self.num_locations))
+        pi = compute_pi(A.cov_trace() / A.cov_dim, G.cov_trace() / G.cov_dim)
+        return pi * root, root / pi
 
     def _damping_funcs(self) -> tuple[PackagedFunc, PackagedFunc]:
         """One per side; known by layer and side, so that every exponent shares them."""

@@ -302,6 +302,8 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
         data_format: None or a channels-last string (`"NHWC"`, ...), or a channels-first
             one (`"NCHW"`, ...).
         num_channels: `K`; needed only where `outputs_grads` are callables.
+        groups: with more than one the moment is `[groups, K/groups, K/groups]`, one
+            matrix per group of channels.
         name: for messages and checkpoints; built from the arguments if None.
         options: see `FactorOptions`.
         dtype: of the moment; that of the data, but at least float32, if None.
@@ -324,6 +326,7 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
         data_format: str | None = None,
         *,
         num_channels: int | None = None,
+        groups: int = 1,
         name: str | None = None,
         options: FactorOptions = FactorOptions(),
         dtype: torch.dtype | None = None,
@@ -346,11 +349,13 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
                 )
             num_channels = first.shape[self._channel_dim]
         self._num_channels = num_channels
+        self._groups = groups
         super().__init__(outputs_grads, name, options, dtype, device)
 
     @property
     def _cov_shape(self) -> tuple[int, ...]:
-        return (self._num_channels, self._num_channels)
+        size = self._num_channels // self._groups
+        return (size, size) if self._groups == 1 else (self._groups, size, size)
 
     def _check_tensor(self, *tensors: Tensor) -> None:
         tensor = self._single(tensors)
@@ -371,4 +376,4 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
     def _new_cov(self, *tensors: Tensor) -> Tensor:
         tensor = self._single(tensors)
         # The patches of a 1x1 kernel are the rows themselves.
-        return patch_second_moment(tensor.movedim(self._channel_dim, 1), 1)
+        return patch_second_moment(tensor.movedim(self._channel_dim, 1), 1, groups=self._groups)

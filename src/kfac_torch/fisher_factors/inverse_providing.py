@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, damping_id, evaluate_damping
-from ..linalg import DampedCholesky, psd_eigh, psd_power
+from ..linalg import DampedCholesky, add_damping, psd_eigh, psd_power
 from .base import FisherFactor
 
 Function: TypeAlias = float | str
@@ -223,8 +223,7 @@ class InverseProvidingFactor(FisherFactor):
             RuntimeError: not instantiated, or not refreshed since.
         """
         if exp == 1:
-            eye = torch.eye(self.cov_dim, dtype=self._dtype, device=self._device)
-            return self.get_cov() + evaluate_damping(damping_func, self.name) * eye
+            return add_damping(self.get_cov(), evaluate_damping(damping_func, self.name))
         register = f"register_matpower({exp}, damping_func)"
         return self._get(float(exp), damping_func, f"the power {exp}", register)[0]
 
@@ -274,8 +273,6 @@ class InverseProvidingFactor(FisherFactor):
             KeyError, RuntimeError: as `get_matpower`.
         """
         self._check_matrix(x, "left_multiply_matpower", 0)
-        if exp == 1:
-            return self.get_cov() @ x + evaluate_damping(damping_func, self.name) * x
         return self.get_matpower(exp, damping_func) @ x
 
     def right_multiply_matpower(
@@ -297,8 +294,6 @@ class InverseProvidingFactor(FisherFactor):
             return torch.sparse_coo_tensor(
                 x.indices(), values, x.shape, is_coalesced=True, check_invariants=False
             )
-        if exp == 1:
-            return x @ self.get_cov() + evaluate_damping(damping_func, self.name) * x
         return x @ self.get_matpower(exp, damping_func)
 
     def left_multiply_cholesky(
@@ -340,9 +335,10 @@ class InverseProvidingFactor(FisherFactor):
             raise ValueError(
                 f"{self.name}: {method}: expected a dense x{also}, got {x.layout}"
             )
-        n = self.cov_dim
-        if x.dim() != 2 or x.shape[dim] != n:
-            expected = f"[{n}, k]" if dim == 0 else f"[k, {n}]"
+        n, stack = self.cov_dim, self._matrix_shape[:-2]
+        if x.dim() != len(stack) + 2 or x.shape[dim - 2] != n or x.shape[:-2] != stack:
+            lead = "".join(f"{size}, " for size in stack)
+            expected = f"[{lead}{n}, k]" if dim == 0 else f"[{lead}k, {n}]"
             raise ValueError(
                 f"{self.name}: {method}: expected x of shape {expected}, got "
                 f"{tuple(x.shape)}"
@@ -462,10 +458,11 @@ def _factorise(
     ]
     covs = torch.stack([factor.get_cov() for factor, _ in batch])
     batch_shape = covs.shape[:-2]  # grouped factors have a further leading dimension
-    damping = torch.stack(dampings).view(-1, *[1] * (len(batch_shape) - 1))
+    # One damping for a factor, or one for each of a stack of matrices.
+    damping = torch.stack([value.expand(batch_shape[1:]) for value in dampings])
     repeats = batch_shape[1:].numel()
     names = [factor.name for factor, _ in batch for _ in range(repeats)]
-    cholesky = DampedCholesky(covs, damping.expand(batch_shape), names)
+    cholesky = DampedCholesky(covs, damping, names)
     values = {s.function: _FROM_CHOLESKY[s.function](cholesky) for s in batch[0][1]}
     return [
         (stored, (values[stored.function][i],))
