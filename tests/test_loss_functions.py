@@ -1,7 +1,9 @@
 """Losses against dense matrices and the numbers of the lineage's tests."""
 
+import itertools
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -9,17 +11,120 @@ from torch.nn import functional
 
 from kfac_torch.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
+    ConvexLoss,
+    DistributionNegativeLogProbLoss,
     MultiBernoulliNegativeLogProbLoss,
+    NaturalParamsNegativeLogProbLoss,
+    NegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
+    NormalMeanVarianceNegativeLogProbLoss,
+    OnehotCategoricalLogitsNegativeLogProbLoss,
+    insert_slice_in_zeros,
     make_objective,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Poisson(DistributionNegativeLogProbLoss, NaturalParamsNegativeLogProbLoss):
+    """`z` is the logarithm of the rate; the minimum a user writes."""
+
+    @property
+    def dist(self):
+        return torch.distributions.Poisson(self.inputs.exp(), validate_args=False)
+
+
+class ElementwisePoisson(NaturalParamsNegativeLogProbLoss):
+    elementwise = True
+
+    def sample(self, generator=None):
+        return torch.poisson(self.inputs.detach().exp(), generator=generator)
+
+    def evaluate_on_targets(self, targets):
+        z = self.inputs
+        return (z.exp() - targets * z + (targets + 1).lgamma()).sum()
+
+
+class DerivedCategorical(NaturalParamsNegativeLogProbLoss):
+    """The cross-entropy once more, with nothing but its definition."""
+
+    def sample(self, generator=None):
+        return CategoricalLogitsNegativeLogProbLoss(self.inputs).sample(generator)
+
+    def evaluate_on_targets(self, targets):
+        return functional.cross_entropy(
+            self.inputs.flatten(0, -2), targets.flatten(), reduction="sum"
+        )
+
+
+class Exponential(DistributionNegativeLogProbLoss):
+    """`z` is the logarithm of the rate, not a natural parameter; `F = 1`, `B` of `√½`s."""
+
+    @property
+    def dist(self):
+        return torch.distributions.Exponential(self.inputs.exp(), validate_args=False)
+
+    @property
+    def fisher_factor_inner_shape(self):
+        return torch.Size([*self.inputs.shape, 2])
+
+    def multiply_fisher_factor(self, vector):
+        return 0.5**0.5 * vector.sum(-1)
+
+    def multiply_fisher_factor_transpose(self, vector):
+        return 0.5**0.5 * torch.stack([vector, vector], -1)
+
+
+class PseudoHuber(ConvexLoss):
+    """Of the norm of an example's residual, so that its coordinates interact."""
+
+    def evaluate_on_targets(self, targets):
+        residuals = (self.inputs - targets).flatten(1)
+        return ((1 + residuals.square().sum(1)).sqrt() - 1).sum()
+
+
+class ElementwisePseudoHuber(ConvexLoss):
+    elementwise = True
+
+    def evaluate_on_targets(self, targets):
+        return ((1 + (self.inputs - targets).square()).sqrt() - 1).sum()
+
+
+def classes_in_the_second_dimension(z, targets=None):
+    return CategoricalLogitsNegativeLogProbLoss(z, targets, class_dim=1)
+
+
+def mean_and_variance(z, targets=None):
+    mean, raw = z.chunk(2, -1)
+    output = torch.cat([mean, raw.square() + 0.1], -1)
+    return NormalMeanVarianceNegativeLogProbLoss.from_output(output, targets)
+
+
 LOSSES = {
     "categorical": CategoricalLogitsNegativeLogProbLoss,
     "normal": NormalMeanNegativeLogProbLoss,
     "bernoulli": MultiBernoulliNegativeLogProbLoss,
 }
+NATURAL = LOSSES | {
+    "categorical, classes second": classes_in_the_second_dimension,
+    "one-hot": OnehotCategoricalLogitsNegativeLogProbLoss,
+    "derived categorical": DerivedCategorical,
+    "poisson": Poisson,
+    "elementwise poisson": ElementwisePoisson,
+}
+NEGATIVE_LOG_PROB = NATURAL | {
+    "mean and variance": mean_and_variance,
+    "exponential": Exponential,
+}
+CONVEX = {
+    "pseudo-Huber": lambda z, y=None: PseudoHuber(
+        z, torch.ones_like(z) if y is None else y
+    ),
+    "elementwise pseudo-Huber": lambda z, y=None: ElementwisePseudoHuber(
+        z, torch.ones_like(z) if y is None else y
+    ),
+}
+WITH_HESSIAN, ALL = NATURAL | CONVEX, NEGATIVE_LOG_PROB | CONVEX
 
 
 def close(actual, expected, atol=1e-10):
@@ -70,75 +175,323 @@ def test_categorical_fisher_products():
     close(transposed, [-0.4726433733, -0.2845567978, 0.3464682023])
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (2, 5, 3)])
-@pytest.mark.parametrize("kind", LOSSES)
-def test_fisher_is_the_hessian_and_its_factors_multiply_to_it(kind, shape):
+def dense(multiply, shape):
+    """The matrix of a linear map from tensors of this shape, by columns."""
+    one_hots = torch.eye(shape.numel()).view(-1, *shape)
+    return torch.stack([multiply(e).flatten() for e in one_hots], 1)
+
+
+SHAPES = [(4, 6), (2, 5, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ALL)
+def test_factors_multiply_to_the_fisher(kind, shape):
+    loss = ALL[kind](torch.randn(shape))
+    z, inner = loss.inputs.shape, loss.fisher_factor_inner_shape
+    B = dense(loss.multiply_fisher_factor, inner)
+    close(dense(loss.multiply_fisher_factor_transpose, z), B.T)
+    close(dense(loss.multiply_fisher, z), B @ B.T)
+    assert inner[0] == z[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", WITH_HESSIAN)
+def test_fisher_is_the_hessian_at_the_output(kind, shape):
     z = torch.randn(shape)
-    loss = LOSSES[kind](z)
-    targets = random_targets(kind, z)
+    loss = WITH_HESSIAN[kind](z)
+    targets = loss.sample() if kind in NATURAL else torch.ones_like(z)
     hessian = torch.autograd.functional.hessian(
-        lambda z: LOSSES[kind](z).evaluate_on_targets(targets), z
+        lambda z: WITH_HESSIAN[kind](z).evaluate_on_targets(targets), z
     ).view(z.numel(), z.numel())
-
-    def dense(multiply):
-        columns = [multiply(e.view(shape)).flatten() for e in torch.eye(z.numel())]
-        return torch.stack(columns, 1)
-
-    B, Bt = dense(loss.multiply_fisher_factor), dense(loss.multiply_fisher_factor_transpose)
-    close(dense(loss.multiply_fisher), hessian)
-    close(Bt, B.T)
-    close(B @ Bt, hessian)
-    for name in ("", "_factor", "_factor_transpose"):
-        ours, theirs = (
-            getattr(loss, f"multiply_{kind}{name}") for kind in ("hessian", "fisher")
-        )
-        close(dense(ours), dense(theirs))
+    close(dense(loss.multiply_fisher, z.shape), hessian)
+    for spelling in ("hessian", "ggn"):
+        for name in ("", "_factor", "_factor_transpose"):
+            ours, theirs = (
+                getattr(loss, f"multiply_{s}{name}") for s in (spelling, "fisher")
+            )
+            close(dense(ours, z.shape), dense(theirs, z.shape))
+        assert getattr(loss, f"{spelling}_factor_inner_shape") == z.shape
+        one_hot = getattr(loss, f"multiply_{spelling}_factor_replicated_one_hot")(1)
+        close(one_hot, loss.multiply_fisher_factor_replicated_one_hot(1))
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", sorted(set(ALL) - set(WITH_HESSIAN)))
+def test_the_hessian_of_other_losses_is_not_offered(kind):
+    loss = ALL[kind](torch.randn(4, 6))
+    for spelling in ("hessian", "ggn"):
+        for name in ("", "_factor", "_factor_transpose"):
+            with pytest.raises(NotImplementedError, match=r"use the multiply_fisher"):
+                getattr(loss, f"multiply_{spelling}{name}")(loss.inputs)
+        with pytest.raises(NotImplementedError, match=r"may be indefinite"):
+            getattr(loss, f"{spelling}_factor_inner_shape")
+
+
+def test_fisher_of_a_normal_distribution_of_unknown_variance():
+    """`E[∇ log p ∇ log pᵀ]` by Gauss-Hermite quadrature, exact for its quartics."""
+    mean, variance = torch.tensor([[0.3, -1.0]]), torch.tensor([[0.5, 2.0]])
+    nodes, weights = (torch.from_numpy(a) for a in numpy.polynomial.hermite_e.hermegauss(8))
+    weights = weights / weights.sum()
+    z = torch.cat([mean, variance], -1)
+    F = torch.zeros(4, 4)
+    for i, j in itertools.product(range(8), repeat=2):
+        y = mean + variance.sqrt() * torch.stack([nodes[i], nodes[j]])
+        g = torch.func.grad(
+            lambda z, y=y: NormalMeanVarianceNegativeLogProbLoss.from_output(
+                z
+            ).evaluate_on_targets(y)
+        )(z)[0]
+        F += weights[i] * weights[j] * torch.outer(g, g)
+    loss = NormalMeanVarianceNegativeLogProbLoss(mean, variance)
+    close(dense(loss.multiply_fisher, loss.inputs.shape), F)
+    v = torch.tensor([0.5, 2.0])
+    close(F, torch.cat([1 / v, 1 / (2 * v**2)]).diag())
+
+
+def test_mean_and_variance_are_one_tensor_in_the_graph():
+    mean = torch.randn(3, 2, requires_grad=True)
+    variance = (torch.rand(3, 2) + 0.1).requires_grad_()
+    y = torch.randn(3, 2)
+    loss = NormalMeanVarianceNegativeLogProbLoss(mean, variance, y)
+    normal = torch.distributions.Normal(mean, variance.sqrt())
+    close(loss.evaluate(), -normal.log_prob(y).sum())
+    assert loss.inputs.shape == loss.fisher_factor_inner_shape == (3, 4)
+    assert loss.params is loss.inputs
+    (g,) = torch.autograd.grad(loss.evaluate(), loss.inputs)
+    to_both = torch.autograd.grad(loss.inputs, [mean, variance], g, retain_graph=True)
+    for grad, expected in zip(
+        to_both, torch.autograd.grad(loss.evaluate(), [mean, variance]), strict=True
+    ):
+        close(grad, expected)
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_columns_of_the_factor(kind):
     """All columns of all examples give the Fisher; the replicated one-hots, of each row."""
-    z = torch.randn(4, 2, 3)
-    loss = LOSSES[kind](z)
-    columns = torch.stack(list(loss.fisher_factor_columns()))
-    assert columns.shape == (6, 4, 2, 3)
+    loss = ALL[kind](torch.randn(4, 2, 6))
+    z, inner = loss.inputs.shape, loss.fisher_factor_inner_shape
+    columns = loss.fisher_factor_all_columns()
+    assert columns.shape == (inner[1:].numel(), *z)
+    close(torch.stack(list(loss.fisher_factor_columns())), columns)
+    close(loss.fisher_factor_all_columns(range(3, 9, 2)), columns[3:9:2])
     for n, F in enumerate(torch.einsum("jnab,jncd->nabcd", columns, columns)):
-        v = torch.zeros_like(z)
-        v[n] = torch.randn(2, 3)
+        v = torch.zeros(z)
+        v[n] = torch.randn(z[1:])
         close(torch.einsum("abcd,cd->ab", F, v[n]), loss.multiply_fisher(v)[n])
-    for j in range(3):
-        one_hot = torch.zeros_like(z)
-        one_hot[..., j] = 1
+    dim = 1 if kind == "categorical, classes second" else -1
+    for j in range(inner[dim]):
+        one_hot = torch.zeros(inner)
+        one_hot.select(dim, j).fill_(1)
         close(
             loss.multiply_fisher_factor_replicated_one_hot(j),
             loss.multiply_fisher_factor(one_hot),
         )
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_samples_have_the_fisher_as_second_moment_of_the_gradient(kind):
-    """20 000 draws, four standard errors of every entry."""
-    row = torch.tensor([0.5, -1.0, 0.3])
-    z = row.repeat(20_000, 1).requires_grad_()
-    loss = LOSSES[kind](z)
-    generator = torch.Generator().manual_seed(1)
-    (g,) = torch.autograd.grad(loss.evaluate_on_sample(generator), z)
-    products = g[:, :, None] * g[:, None, :]
-    expected = torch.stack(
-        [LOSSES[kind](row[None]).multiply_fisher(e[None])[0] for e in torch.eye(3)]
+@pytest.mark.parametrize("kind", ALL)
+def test_random_signs_are_exact_in_the_mean_over_all_signs(kind):
+    """What `E[Bε(Bε)ᵀ] = F` means, with every `ε` of an example's inner shape."""
+    z = torch.randn(1, 4)
+    loss = ALL[kind](z.clone())
+    inner = loss.fisher_factor_inner_shape
+    F = dense(loss.multiply_fisher, loss.inputs.shape)
+    signs = list(itertools.product((-1.0, 1.0), repeat=inner.numel()))
+    products = [loss.multiply_fisher_factor(torch.tensor(s).view(inner)) for s in signs]
+    close(sum(torch.outer(p[0], p[0]) for p in products) / len(signs), F)
+    # A draw is one of these, the generator's, and every sign comes up.
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        next(i for i, p in enumerate(products) if torch.allclose(p, draw, rtol=1e-9))
+        for draw in (loss.fisher_factor_random_signs(generator) for _ in range(200))
+    }
+    assert len(drawn) > min(len(signs), 16) / 2
+    a, b = (
+        loss.fisher_factor_random_signs(torch.Generator().manual_seed(3)) for _ in range(2)
     )
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_sampled_gradients_have_the_fisher_as_second_moment(kind):
+    """20 000 draws, four and a half standard errors of every entry."""
+    row = torch.tensor([0.5, -1.0, 0.3, 0.8])
+    loss = ALL[kind](row.repeat(20_000, 1))
+    g = loss.sample_gradient(torch.Generator().manual_seed(1))
+    products = g[:, :, None] * g[:, None, :]
+    one = ALL[kind](row[None])
+    expected = dense(one.multiply_fisher, one.inputs.shape)
     error = products.std(0) / len(g) ** 0.5
-    assert ((products.mean(0) - expected).abs() <= 4 * error + 1e-12).all()
+    assert ((products.mean(0) - expected).abs() <= 4.5 * error + 1e-12).all()
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", NEGATIVE_LOG_PROB)
+def test_a_sampled_gradient_is_that_of_the_loss_on_a_sample(kind):
+    z = torch.randn(6, 4, requires_grad=True)
+    loss = NEGATIVE_LOG_PROB[kind](z)
+    nll = loss.evaluate_on_sample(torch.Generator().manual_seed(1))
+    (expected,) = torch.autograd.grad(nll, loss.inputs)
+    close(loss.sample_gradient(torch.Generator().manual_seed(1)), expected)
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_LOG_PROB)
 def test_sampling_is_the_generators_and_leaves_the_global_one_alone(kind):
-    loss = LOSSES[kind](torch.randn(6, 3))
+    z = torch.randn(6, 4, requires_grad=True)
+    loss = NEGATIVE_LOG_PROB[kind](z)
     state = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
     a, b = (loss.sample(torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
+    assert torch.equal(loss.sample(generator), a)
+    assert not torch.equal(torch.stack([loss.sample(generator) for _ in range(20)])[0], a)
     assert torch.equal(torch.get_rng_state(), state)
-    assert a.shape == ((6,) if kind == "categorical" else (6, 3))
+    assert not a.requires_grad
+    columns = {"mean and variance": 2, "categorical": 0, "derived categorical": 0}
+    shape = (6, columns.get(kind, 4)) if columns.get(kind, 4) else (6,)
+    assert a.shape == ((6,) if "classes second" in kind else shape)
+
+
+def test_sampling_from_a_distribution_without_a_generator_uses_the_global_one():
+    loss = Poisson(torch.randn(6, 4))
+    torch.manual_seed(5)
+    expected = torch.poisson(loss.inputs.exp())
+    torch.manual_seed(5)
+    assert torch.equal(loss.sample(), expected)
+    assert torch.equal(loss.sample(torch.Generator().manual_seed(5)), expected)
+
+
+def test_the_global_generator_is_put_back_when_sampling_fails():
+    class Broken(Poisson):
+        @property
+        def dist(self):
+            raise RuntimeError("no such distribution")
+
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no such distribution"):
+        Broken(torch.zeros(2, 2)).sample(torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_products_leave_the_graph_alone():
+    """They are constants in `z`, whatever the graph behind it and the gradient mode."""
+    for make in ALL.values():
+        w = torch.randn(4, 6, requires_grad=True)
+        loss = make(w * 2)
+        v = torch.ones_like(loss.inputs)
+        product = loss.multiply_fisher(v)
+        assert not product.requires_grad
+        with torch.no_grad():
+            close(make(w * 2).multiply_fisher(v), product)
+        assert loss.inputs.requires_grad
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_products_under_vmap(kind):
+    loss = ALL[kind](torch.randn(4, 6))
+    V = torch.randn(3, *loss.inputs.shape)
+    for name in ("multiply_fisher", "multiply_fisher_factor_transpose"):
+        multiply = getattr(loss, name)
+        together = torch.vmap(multiply, randomness="same")(V)
+        close(together, torch.stack([multiply(v) for v in V]))
+
+
+# Losses of one's own.
+
+
+def test_derived_products_are_those_of_the_closed_form():
+    z = torch.randn(2, 5, 3)
+    ours, closed = DerivedCategorical(z), CategoricalLogitsNegativeLogProbLoss(z)
+    v = torch.randn_like(z)
+    close(ours.multiply_fisher(v), closed.multiply_fisher(v))
+    once, twice = ours.multiply_fisher_factor(v), closed.multiply_fisher(v)
+    close(ours.multiply_fisher_factor(once), twice)
+
+
+def test_the_root_does_not_depend_on_targets_of_a_natural_loss():
+    z = torch.randn(4, 3)
+    v = torch.randn_like(z)
+    close(Poisson(z, torch.full_like(z, 7.0)).multiply_fisher_factor(v), (z / 2).exp() * v)
+    close(Poisson(z).multiply_fisher_factor(v), (z / 2).exp() * v)
+
+
+def test_an_overflow_in_one_example_stays_in_it():
+    z = torch.randn(3, 2)
+    z[1] = 1e4
+    root = Poisson(z).multiply_fisher_factor(torch.ones_like(z))
+    assert root[1].isnan().all()
+    close(root[::2], (z[::2] / 2).exp())
+
+
+def test_half_precision_takes_its_root_in_single():
+    z = torch.randn(3, 4, dtype=torch.bfloat16)
+    B = DerivedCategorical(z).multiply_fisher_factor(torch.ones_like(z))
+    assert B.dtype == torch.bfloat16
+    exact = DerivedCategorical(z.double()).multiply_fisher_factor(torch.ones(3, 4))
+    torch.testing.assert_close(B.double(), exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_a_loss_that_is_not_convex_is_named(elementwise):
+    class Cauchy(ConvexLoss):
+        def evaluate_on_targets(self, targets):
+            return (self.inputs - targets).square().log1p().sum()
+
+    Cauchy.elementwise = elementwise
+    loss = Cauchy(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"Cauchy: expected a loss that is convex.*-0\.24"):
+        loss.multiply_fisher_factor(torch.ones(1, 2))
+    close(loss.multiply_fisher(torch.ones(1, 2)), [[2.0, -0.24]])
+
+
+def test_a_convex_loss_needs_its_targets():
+    loss = PseudoHuber(torch.zeros(2, 3))
+    with pytest.raises(
+        ValueError, match=r"PseudoHuber: its Hessian.*depends on the targets"
+    ):
+        loss.multiply_ggn(torch.zeros(2, 3))
+
+
+def test_the_defaults_of_a_loss_of_ones_own():
+    loss = Poisson(torch.zeros(4, 5, 3))
+    assert loss.num_terms == 4
+    assert loss.name == "Poisson"
+    assert loss.gradient_scale(torch.ones(4, 5, 3)) is None
+    with pytest.raises(ValueError, match=r"loss Poisson: expected.*shape \(0, 2\)"):
+        Poisson(torch.zeros(0, 2))
+    with pytest.raises(TypeError, match="abstract"):
+        NegativeLogProbLoss(torch.zeros(1, 2))
+
+
+def test_onehot_value_is_the_categorical_one():
+    z, y = torch.randn(2, 5, 3), torch.randint(3, (2, 5))
+    onehot = OnehotCategoricalLogitsNegativeLogProbLoss(z, functional.one_hot(y, 3))
+    close(onehot.evaluate(), CategoricalLogitsNegativeLogProbLoss(z, y).evaluate())
+    assert onehot.num_terms == 10
+    a, b = (loss.sample(torch.Generator().manual_seed(3)) for loss in (onehot, loss_of(z)))
+    assert torch.equal(a, functional.one_hot(b, 3).to(z))
+    z = torch.tensor([[0.0, 0.0, -torch.inf]], requires_grad=True)
+    masked = OnehotCategoricalLogitsNegativeLogProbLoss(z, torch.tensor([[1.0, 0, 0]]))
+    close(masked.evaluate().detach(), math.log(2))
+    close(torch.autograd.grad(masked.evaluate(), z)[0], [[-0.5, 0.5, 0.0]])
+
+
+def loss_of(z):
+    return CategoricalLogitsNegativeLogProbLoss(z)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_insert_slice_in_zeros(dim):
+    slice = torch.randn(2, 3, 4).narrow(dim, 1, 1)
+    whole = insert_slice_in_zeros(slice, dim, 5, 3)
+    assert whole.shape[dim] == 5
+    assert torch.equal(whole.narrow(dim, 3, 1), slice)
+    assert whole.count_nonzero() == slice.count_nonzero()
+
+
+def test_what_cannot_be_inserted():
+    with pytest.raises(ValueError, match=r"length 1 along dimension 1, got shape \(2, 3\)"):
+        insert_slice_in_zeros(torch.ones(2, 3), 1, 5, 0)
+    with pytest.raises(ValueError, match=r"position in \[0, 5\), got 5"):
+        insert_slice_in_zeros(torch.ones(2, 1), 1, 5, 5)
 
 
 def test_number_of_loss_terms():
@@ -270,6 +623,16 @@ def test_losses_that_are_not_known(loss, error, message):
         (
             lambda: NormalMeanNegativeLogProbLoss(torch.zeros(2, 2)).evaluate(),
             "needs targets",
+        ),
+        (
+            lambda: NormalMeanVarianceNegativeLogProbLoss(
+                torch.zeros(2, 2), torch.ones(2, 1)
+            ),
+            r"shape of the mean, \(2, 2\), got \(2, 1\)",
+        ),
+        (
+            lambda: NormalMeanVarianceNegativeLogProbLoss.from_output(torch.ones(2, 3)),
+            r"got an odd one: \(2, 3\)",
         ),
     ],
 )

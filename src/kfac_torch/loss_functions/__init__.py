@@ -2,16 +2,25 @@
 
 from .base import (
     LossFunction as LossFunction,
-    NaturalParamsNegativeLogProbLoss as NaturalParamsNegativeLogProbLoss,
     NegativeLogProbLoss as NegativeLogProbLoss,
+    insert_slice_in_zeros as insert_slice_in_zeros,
 )
 from .bernoulli import (
     MultiBernoulliNegativeLogProbLoss as MultiBernoulliNegativeLogProbLoss,
 )
 from .categorical import (
     CategoricalLogitsNegativeLogProbLoss as CategoricalLogitsNegativeLogProbLoss,
+    OnehotCategoricalLogitsNegativeLogProbLoss as OnehotCategoricalLogitsNegativeLogProbLoss,  # noqa: E501
 )
-from .normal import NormalMeanNegativeLogProbLoss as NormalMeanNegativeLogProbLoss
+from .convex import (
+    ConvexLoss as ConvexLoss,
+    NaturalParamsNegativeLogProbLoss as NaturalParamsNegativeLogProbLoss,
+)
+from .distribution import DistributionNegativeLogProbLoss as DistributionNegativeLogProbLoss
+from .normal import (
+    NormalMeanNegativeLogProbLoss as NormalMeanNegativeLogProbLoss,
+    NormalMeanVarianceNegativeLogProbLoss as NormalMeanVarianceNegativeLogProbLoss,
+)
 from .objective import (
     LossFactory as LossFactory,
     Objective as Objective,

@@ -6,7 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from .base import NaturalParamsNegativeLogProbLoss, attained_scale, check_output
+from .base import attained_scale
+from .convex import NaturalParamsNegativeLogProbLoss
 
 
 class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
@@ -32,15 +33,6 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         self, logits: Tensor, targets: Tensor | None = None, name: str | None = None
     ) -> None:
         super().__init__(logits, targets, name)
-
-    def check_inputs(self) -> None:
-        """Raise ValueError unless `z` is `[N, ...]`."""
-        check_output(self, min_dim=1)
-
-    @property
-    def num_terms(self) -> int:
-        """`N`, the number of examples."""
-        return self._inputs.shape[0]
 
     def _p(self) -> Tensor:
         return self._inputs.detach().sigmoid()

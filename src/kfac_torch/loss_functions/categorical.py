@@ -6,7 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from .base import NaturalParamsNegativeLogProbLoss, attained_scale, check_output
+from .base import attained_scale, check_output
+from .convex import NaturalParamsNegativeLogProbLoss
 
 
 class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
@@ -105,6 +106,35 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         return attained_scale(g, torch.where(g > 0, p, torch.inf)) or _negative(
             attained_scale(-g, torch.where(g < 0, p, torch.inf))
         )
+
+
+class OnehotCategoricalLogitsNegativeLogProbLoss(CategoricalLogitsNegativeLogProbLoss):
+    """`z` are the logits of a categorical distribution over one-hot vectors.
+
+    Args:
+        logits: `z [..., classes]`; every row over all leading dimensions is a loss term.
+        targets: of the shape of `logits`: one-hot, or probabilities.
+        name: for messages.
+        class_dim: where the classes are.
+
+    Raises:
+        ValueError: fewer than two classes, or no batch dimension.
+
+    >>> logits, targets = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]])
+    >>> OnehotCategoricalLogitsNegativeLogProbLoss(logits, targets).evaluate()
+    tensor(1.3133)
+    """
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        """Draw one-hot vectors, in the shape and dtype of `z`."""
+        classes = super().sample(generator).unsqueeze(self._class_dim)
+        one_hot = torch.zeros_like(self._inputs, requires_grad=False)
+        return one_hot.scatter_(self._class_dim, classes, 1.0)
+
+    def evaluate_on_targets(self, targets: Tensor) -> Tensor:
+        """Return `−Σ y log p`; a class with no probability may have no part in `y`."""
+        log_p = self._inputs.log_softmax(self._class_dim)
+        return -torch.where(targets == 0, 0.0, targets * log_p).sum()
 
 
 def _negative(scale: Tensor | None) -> Tensor | None:

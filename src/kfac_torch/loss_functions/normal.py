@@ -1,11 +1,14 @@
-"""Normal distributions of the output: the squared error."""
+"""Normal distributions of the output: the squared error, and one that learns its width."""
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Generator, Tensor
 
-from .base import NaturalParamsNegativeLogProbLoss, check_output
+from .base import NegativeLogProbLoss, check_output
+from .convex import NaturalParamsNegativeLogProbLoss
 
 
 class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
@@ -40,15 +43,6 @@ class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         self._var = float(var)
         super().__init__(mean, targets, name)
 
-    def check_inputs(self) -> None:
-        """Raise ValueError unless `z` is `[N, ...]`."""
-        check_output(self, min_dim=1)
-
-    @property
-    def num_terms(self) -> int:
-        """`N`, the number of examples."""
-        return self._inputs.shape[0]
-
     def sample(self, generator: Generator | None = None) -> Tensor:
         """Draw `y ~ N(z, var)`, in the shape of `z`."""
         noise = torch.empty_like(self._inputs).normal_(generator=generator)
@@ -81,3 +75,110 @@ class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         if not value:
             return None
         return self._var * gradient.double().square().sum() / (2 * value)
+
+
+class NormalMeanVarianceNegativeLogProbLoss(NegativeLogProbLoss):
+    """A normal distribution in every coordinate, of which `z` is mean and variance.
+
+    `z = [mean | variance]` is one tensor, concatenated in the last dimension: `inputs`,
+    and what every product takes and returns. A network that puts out the two in one
+    tensor uses `from_output`. Either way the network makes the variance positive
+    (softplus, exp): a variance of zero or below gives NaN.
+
+    Args:
+        mean: `[N, ..., D]`.
+        variance: of the shape of `mean`.
+        targets: of the shape of `mean`.
+        name: for messages.
+
+    Raises:
+        ValueError: the shapes differ, or there is no batch dimension.
+
+    >>> mean, variance = torch.zeros(1, 1), torch.full((1, 1), 2.0)
+    >>> loss = NormalMeanVarianceNegativeLogProbLoss(mean, variance)
+    >>> loss.multiply_fisher(torch.ones(1, 2))  # diag(1/v, 1/(2v²))
+    tensor([[0.5000, 0.1250]])
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        targets: Tensor | None = None,
+        name: str | None = None,
+    ) -> None:
+        if mean.shape != variance.shape:
+            raise ValueError(
+                "normal loss: expected a variance of the shape of the mean, "
+                f"{tuple(mean.shape)}, got {tuple(variance.shape)}"
+            )
+        super().__init__(torch.cat([mean, variance], -1), targets, name)
+
+    @classmethod
+    def from_output(
+        cls, output: Tensor, targets: Tensor | None = None, name: str | None = None
+    ) -> Self:
+        """Return the loss whose `inputs` is `output` itself, `[mean | variance]`.
+
+        Raises:
+            ValueError: the last dimension is odd, or there is no batch dimension.
+
+        >>> z = torch.tensor([[0.0, 2.0]])
+        >>> loss = NormalMeanVarianceNegativeLogProbLoss.from_output(z)
+        >>> loss.inputs is z, loss.variance
+        (True, tensor([[2.]]))
+        """
+        loss = cls.__new__(cls)
+        super().__init__(loss, output, targets, name)
+        return loss
+
+    def check_inputs(self) -> None:
+        """Raise ValueError unless `z` is `[N, ..., 2D]`."""
+        check_output(self, min_dim=2)
+        if self._inputs.shape[-1] % 2:
+            raise ValueError(
+                f"loss {self.name}: expected [mean | variance] in the last dimension of "
+                f"the network output, got an odd one: {tuple(self._inputs.shape)}"
+            )
+
+    @property
+    def params(self) -> Tensor:
+        """`[mean | variance]`: `inputs`, by its name in tf.contrib.kfac."""
+        return self._inputs
+
+    @property
+    def mean(self) -> Tensor:
+        """The first half of `z`."""
+        return self._inputs.chunk(2, -1)[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """The second half of `z`."""
+        return self._inputs.chunk(2, -1)[1]
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        """Draw `y ~ N(mean, variance)`, in the shape of the mean."""
+        mean, variance = self._inputs.detach().chunk(2, -1)
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        return mean + variance.sqrt() * noise
+
+    def evaluate_on_targets(self, targets: Tensor) -> Tensor:
+        """Return `Σ (y − mean)²/(2 variance) + ½ log(2π variance)`."""
+        squares = (targets - self.mean).square() / self.variance
+        return 0.5 * (squares + (2 * torch.pi * self.variance).log()).sum()
+
+    def _root(self) -> Tensor:
+        variance = self._inputs.detach().chunk(2, -1)[1]
+        return torch.cat([variance.rsqrt(), 0.5**0.5 / variance], -1)
+
+    def multiply_fisher(self, vector: Tensor) -> Tensor:
+        """Return `diag(1/v, 1/(2v²))` times the vector."""
+        return self._root().square() * vector
+
+    def multiply_fisher_factor(self, vector: Tensor) -> Tensor:
+        """Return `diag(1/√v, 1/(√2 v))` times the vector."""
+        return self._root() * vector
+
+    def multiply_fisher_factor_transpose(self, vector: Tensor) -> Tensor:
+        """Return `diag(1/√v, 1/(√2 v))` times the vector; `B` is symmetric."""
+        return self._root() * vector
