@@ -120,6 +120,16 @@ class FisherEstimator:
         """The loss terms of all forwards whose backward has run since `reset`."""
         return sum(forward.loss.num_terms for forward in self._arrived)
 
+    @property
+    def capture(self) -> Capture:
+        """What watches the model's forwards."""
+        return self._capture
+
+    def losses(self, output: Any) -> list[tuple[NegativeLogProbLoss, float]]:
+        """What the model returned means: distributions, each with its weight."""
+        z = self._network_output(output)
+        return [(self.objective.factory(z), self.objective.coeff(z))]
+
     # During a forward.
 
     def _on_forward(self, output: Any, calls: list[LayerCall]) -> None:
