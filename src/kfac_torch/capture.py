@@ -6,9 +6,11 @@ hands the tape on; gradients with respect to every `s` are then one
 `torch.autograd.grad`, without weight gradients and without touching any `.grad`. An
 output is held as its edge in the graph, which survives an in-place activation behind it.
 
-Nothing is recorded in `eval` mode, under `torch.no_grad`, while `enabled()` is false, or
-under `functional_call`. The hooks hold the capture weakly: they leave with it, or with
-`close()`, and do nothing on a copy of the model. Left out: what is done with the tape.
+Where `keep_forwards` is set, what the root was called with is kept in `forwards` until
+their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
+`enabled()` is false, or under `functional_call`. The hooks hold the capture weakly: they
+leave with it, or with `close()`, and do nothing on a copy of the model.
+Left out: what is done with the tape.
 """
 
 from __future__ import annotations
@@ -16,11 +18,26 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+@dataclass(frozen=True)
+class RootCall:
+    """What one forward of the root module was given, so that it can be run again.
+
+    Args:
+        args: as called.
+        kwargs: as called.
+        random_state: of the global generators when it began (`random_state`).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
 
 
 @dataclass
@@ -116,6 +133,8 @@ class Capture:
         self._tape: list[LayerCall] | None = None
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
+        self.keep_forwards = False
+        self.forwards: list[RootCall] = []
         self._layers = {
             layer: (name, next(layer.parameters(), None))
             for name, group in layers.items()
@@ -131,7 +150,10 @@ class Capture:
         ]
         handles += [param.register_hook(_ParamHook(self, param)) for param in watch_params]
         handles += [
-            model.register_forward_pre_hook(_Hook(self, model, "_start")),
+            # Before any hook of the user, which will see the same arguments again.
+            model.register_forward_pre_hook(
+                _Hook(self, model, "_start"), prepend=True, with_kwargs=True
+            ),
             model.register_forward_hook(_Hook(self, model, "_end"), always_call=True),
         ]
         self._finalizer = weakref.finalize(self, _remove, handles)
@@ -140,9 +162,23 @@ class Capture:
         """Remove every hook."""
         self._finalizer()
 
-    def _start(self, model: nn.Module, args: Any) -> None:
-        recording = model.training and torch.is_grad_enabled() and self._enabled()
-        self._tape = [] if recording else None
+    def _start(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        training = model.training and torch.is_grad_enabled()
+        self._tape = [] if training and self._enabled() else None
+        if training and self.keep_forwards and self._has_its_params(model):
+            self.forwards.append(RootCall(args, kwargs, random_state(self._device())))
+
+    def _device(self) -> torch.device:
+        return next(p.device for _, p in self._layers.values() if p is not None)
+
+    def _has_its_params(self, model: nn.Module) -> bool:
+        """Whether a call is one of the model's own, not one under `functional_call`."""
+        return all(
+            next(layer.parameters(), None) is param
+            for layer, (_, param) in self._layers.items()
+        )
 
     def _record(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -186,6 +222,25 @@ class _ParamHook:
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
+
+
+RandomState: TypeAlias = "tuple[Tensor, Tensor | None]"
+"""Of the CPU's global generator, and of an accelerator's."""
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Return the state of the global generators that a model on `device` draws from."""
+    if device.type == "cpu":
+        return torch.get_rng_state(), None
+    return torch.get_rng_state(), torch.get_device_module(device).get_rng_state()
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Set what `random_state` returned."""
+    cpu, accelerator = state
+    torch.set_rng_state(cpu)
+    if accelerator is not None:
+        torch.get_device_module(device).set_rng_state(accelerator)
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

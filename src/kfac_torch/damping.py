@@ -6,14 +6,19 @@ times a layer's weights are used for one loss term; `A [m, m]`, `G [n, n]` the f
 
     F_λ = T · (A + π√(λ/T) I) ⊗ (G + √(λ/T)/π I),   π² = (tr A / m) / (tr G / n)
 
-A damping function is a zero-argument callable, or a plain number. Left out: schedules
-and Levenberg-Marquardt, which produce λ and belong above.
+A damping function is a zero-argument callable, or a plain number. `LevenbergMarquardt`
+says how λ follows the reduction ratio of a step (section 6.5 there; `ω` is its factor):
+
+    ρ = (loss(θ + δ) − loss(θ)) / predicted change,   λ ← λ/ω if ρ < ¼,   λω if ρ > ¾
+
+Left out: how a change is predicted (`quadratic_model.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -151,3 +156,85 @@ def compute_pi_adjusted_damping(
     pi = compute_pi_tracenorm(left_cov, right_cov)
     root = math.sqrt(damping)
     return pi * root, root / pi
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevenbergMarquardt:
+    """How λ adapts: up where the quadratic model of the loss is bad, down where good.
+
+    Args:
+        initial: λ at the start, in units of the Fisher of the mean loss.
+        decay: `ω = decay^interval` is the factor of an adaptation, in (0, 1).
+        interval: steps between adaptations.
+        thresholds: of `ρ`: λ rises below the first and falls above the second.
+        min_damping: λ never falls below.
+        max_damping: λ never rises above.
+        l2_reg: ℓ, where the loss contains `ℓ/2 ‖θ‖²`: curvature that is always there, so
+            that `λ + ℓ` damps the preconditioner and the quadratic model.
+        include_damping: whether the predicted change contains λ as well (never less
+            than ℓ): a step is then judged by the damped model that it minimises.
+        calibrate: at the first step, adapt λ on its batch until it settles, and only
+            then take the step.
+
+    Raises:
+        ValueError: a value out of range.
+
+    >>> rule = LevenbergMarquardt(initial=1.0, decay=0.5, interval=2)
+    >>> [rule.update(1.0, rho) for rho in (0.1, 0.5, 0.9, math.nan)]
+    [4.0, 1.0, 0.25, 4.0]
+    """
+
+    initial: float
+    decay: float = 0.95
+    interval: int = 5
+    thresholds: tuple[float, float] = (0.25, 0.75)
+    min_damping: float = 1e-8
+    max_damping: float = math.inf
+    l2_reg: float = 0.0
+    include_damping: bool = False
+    calibrate: bool = False
+
+    def __post_init__(self) -> None:
+        check_damping(self.initial, "LevenbergMarquardt: initial")
+        check_damping(self.l2_reg, "LevenbergMarquardt: l2_reg")
+        low, high = self.thresholds
+        for name, good, expected in (
+            ("initial", self.initial > 0, "a positive number"),
+            ("decay", 0 < self.decay < 1, "a number in (0, 1)"),
+            (
+                "interval",
+                isinstance(self.interval, int) and self.interval >= 1,
+                "an integer >= 1",
+            ),
+            ("thresholds", low <= high, "two numbers in ascending order"),
+            (
+                "min_damping",
+                0 < self.min_damping <= self.max_damping,
+                "a positive number <= max_damping",
+            ),
+        ):
+            if not good:
+                raise ValueError(
+                    f"LevenbergMarquardt: {name}: expected {expected}, got "
+                    f"{getattr(self, name)!r}"
+                )
+
+    def ratio(self, actual: float, predicted: float) -> float:
+        """Return `ρ` of the loss's change and the predicted one.
+
+        Inf where the loss fell although a rise was predicted: that is no reason for more
+        damping. NaN where either is, or nothing was predicted.
+        """
+        if actual < 0 < predicted:
+            return math.inf
+        return actual / predicted if predicted else math.nan
+
+    def update(self, damping: float, rho: float) -> float:
+        """Return the next λ; a NaN counts as a bad step."""
+        low, high = self.thresholds
+        factor = self.decay**self.interval
+        if rho > high:
+            damping *= factor
+        elif not rho >= low:
+            damping /= factor
+        return min(max(damping, self.min_damping), self.max_damping)

@@ -33,7 +33,7 @@ from .fisher_factors.base import check_choice
 from .fisher_factors.inverse_providing import refresh_inverses
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
-from .loss_functions import NegativeLogProbLoss
+from .loss_functions import LossFunction
 from .sources import BatchMoments, fill_missing
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
@@ -45,11 +45,10 @@ VectorsAndVariables: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 class _Part:
     """One loss of a forward, until the user's backward has run."""
 
-    loss: NegativeLogProbLoss
+    loss: LossFunction
     coeff: float  # of its Fisher in the summed loss, in terms of the first loss
     own_coeff: float  # of −log p in one of its own terms
     z: Tensor
-    leaf: Tensor  # what `loss` is made of: z, detached and without NaN
     gradient: Tensor | None = None  # at z: all that has arrived
 
 
@@ -170,9 +169,14 @@ class FisherEstimator:
         """The loss terms of all forwards whose backward has run since `reset`."""
         return sum(forward.num_terms for forward in self._arrived)
 
-    def losses(self, output: Any) -> list[tuple[NegativeLogProbLoss, float]]:
+    def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""
         return self.layers.losses(output)
+
+    @property
+    def capture(self) -> Capture:
+        """What watches the model's forwards."""
+        return self._capture
 
     # During a forward.
 
@@ -202,10 +206,10 @@ class FisherEstimator:
         for entry, z in self.layers.network_outputs(output):
             # A NaN must not stop the sampling; it is remembered. -Inf is a mask.
             safe = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-            safe = safe.nan_to_num(0.0, 0.0, torch.finfo(safe.dtype).min).requires_grad_()
+            safe = safe.nan_to_num(0.0, 0.0, torch.finfo(safe.dtype).min)
             loss, coeff = entry.objective.factory(safe), entry.objective.coeff(z)
             share = parts[0].loss.num_terms / loss.num_terms if parts else 1.0
-            parts.append(_Part(loss, coeff * share, coeff, z, safe))
+            parts.append(_Part(loss, coeff * share, coeff, z))
         return _Forward(parts, calls)
 
     def _watch(self, forward: _Forward) -> None:
@@ -240,10 +244,9 @@ class FisherEstimator:
 
     def _draw(self, part: _Part) -> Tensor:
         """One random source at `z [1, *z.shape]`, whose second moment is the Fisher."""
-        generator = self._generator_on(part.leaf.device)
+        generator = self._generator_on(part.z.device)
         if self._mode == "gradients":
-            nll = part.loss.evaluate_on_sample(generator)
-            source = torch.autograd.grad(nll, part.leaf)[0]
+            source = part.loss.sample_gradient(generator)
         else:
             source = part.loss.fisher_factor_random_signs(generator)
         return (part.coeff**0.5 * source).to(part.z.dtype).unsqueeze(0)

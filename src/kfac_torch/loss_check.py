@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-from .loss_functions import NegativeLogProbLoss
+from .loss_functions import LossFunction
 
 
 def describe_mismatch(
-    loss: NegativeLogProbLoss, reduction: str | None, factor: float, empirical: bool
+    loss: LossFunction, reduction: str | None, factor: float, empirical: bool
 ) -> tuple[str | None, bool]:
     """Return a message, None where all is well, and whether the loss is a plain sum.
 
@@ -37,7 +37,7 @@ def _is_gradient_scaler(factor: float) -> bool:
     return factor >= 1024 and abs(math.log2(factor) - round(math.log2(factor))) < 0.01
 
 
-def _message(loss: NegativeLogProbLoss, reduction: str | None, factor: float) -> str:
+def _message(loss: LossFunction, reduction: str | None, factor: float) -> str:
     declared = f"the {reduction or 'mean'} over {loss.num_terms} loss terms of {loss.name}"
     if math.isnan(factor):
         return (
@@ -45,7 +45,7 @@ def _message(loss: NegativeLogProbLoss, reduction: str | None, factor: float) ->
             "targets. Is loss= the loss you minimise? Classes are expected in the last "
             'dimension by "categorical", in the second by nn.CrossEntropyLoss()'
         )
-    outputs = loss.num_outputs
+    outputs = loss.inputs[0].numel()
     return (
         f"the gradient at the network output is {factor:.4g} times that of {declared}. "
         "The curvature is not affected, the step is: scale the loss (or lr), or pass the "

@@ -20,8 +20,9 @@ from torch import Generator, Tensor, nn
 from .loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
     LossFactory,
-    MultiBernoulliNegativeLogProbLoss,
+    LossFunction,
     NegativeLogProbLoss,
+    MultiBernoulliNegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
     NormalMeanVarianceNegativeLogProbLoss,
     Objective,
@@ -70,7 +71,7 @@ class LossCollection:
 
         Args:
             loss: what `make_objective` takes: a name, a torch criterion, or a
-                `NegativeLogProbLoss` class or factory (of your own, for example).
+                `LossFunction` class or factory (of your own, for example).
             output: where its input is in what the model returns.
             coeff: its weight; the Fisher is scaled by it.
             name: for targets and messages; `output` if that is a string, else `loss`,
@@ -188,18 +189,16 @@ class LossCollection:
         """
         return [(entry, find_output(output, entry.output)) for entry in self.registered_losses]
 
-    def losses(self, output: Any) -> list[tuple[NegativeLogProbLoss, float]]:
-        """Return the losses of what the model returned, each with its coefficient.
+    def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
+        """Return the losses of what the model returned, each with its weight.
 
-        The Fisher of the mean loss is `(1/N) Σ_i coeff_i F_i`, with `F_i` that of the sum
-        over loss `i`'s terms and `N` the number of terms of the first loss.
+        The Fisher of the mean loss is `Σ_i coeff_i F_i/N_i`, with `F_i` that of the sum
+        over the `N_i` terms of loss `i`.
         """
-        found = [
+        return [
             (entry.objective.factory(z), entry.objective.coeff(z))
             for entry, z in self.network_outputs(output)
         ]
-        N = found[0][0].num_terms
-        return [(loss, coeff * N / loss.num_terms) for loss, coeff in found]
 
     def eval_losses(
         self, output: Any, targets: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -226,11 +225,20 @@ class LossCollection:
     def eval_losses_on_samples(
         self, output: Any, generator: Generator | None = None
     ) -> dict[str, Tensor]:
-        """Return every loss at targets drawn from the model, a mean over its terms."""
+        """Return every loss at targets drawn from the model, a mean over its terms.
+
+        Raises:
+            TypeError: a loss that has no distribution to draw from.
+        """
         self.check_losses()
         result = {}
         for entry, z in self.network_outputs(output):
             loss = entry.objective.factory(z)
+            if not isinstance(loss, NegativeLogProbLoss):
+                raise TypeError(
+                    f"loss {entry.name}: expected a NegativeLogProbLoss, which targets can "
+                    f"be drawn from, got {type(loss).__name__}"
+                )
             result[entry.name] = loss.evaluate_on_sample(generator) / loss.num_terms
         return result
 

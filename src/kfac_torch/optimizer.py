@@ -1,38 +1,44 @@
 """`KFAC`: natural gradient descent in the plain PyTorch loop.
 
-Notation: `g` the gradient of the mean loss, `F̂` the damped block-diagonal Fisher, `v`
-the velocity, `μ` the momentum, `η` the learning rate, `c` the norm constraint:
+Notation: `g` the gradient of the mean loss, `F̂` the damped block-diagonal Fisher, `F` the
+exact one, `λ` the damping, `v` the velocity, `δ` the step and `δ_prev` the last one, `μ`
+the momentum, `η` the learning rate, `c` the norm constraint:
 
-    "regular"   p = F̂⁻¹ g,  v ← μ v + κ p,  θ ← θ − η v
-    "adam"      v ← μ v + g,  p = F̂⁻¹ v,    θ ← θ − η κ p
+    "regular"   p = F̂⁻¹ g,  v ← μ v + κ p,  δ = −η v
+    "adam"      v ← μ v + g,  p = F̂⁻¹ v,    δ = −η κ p
+    "qmodel"    p = F̂⁻¹ g,  δ = κ η (α p + μ δ_prev)
 
 with `κ = min(1, sqrt(c / (η² pᵀF̂p)))`, so that a step without momentum moves the output
 distribution by about `c/2` nats (Martens & Grosse 2015, arXiv 1503.05671, section 6;
-Ba et al. 2017 for `c`). Weight decay is decoupled: `θ ← (1 − η·decay) θ` first.
-Parameters without a block follow `v ← μ v + g, θ ← θ − η v`. Left out: learning rate and
-momentum from the quadratic model, adaptive damping.
+Ba et al. 2017 for `c`). With `"qmodel"` α and μ minimise the quadratic model of the loss,
+`gᵀδ + ½ δᵀ(F + λI)δ` (section 7 of the former; `"qmodel_fixedmu"`: α alone), and the
+constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`. Weight decay is
+decoupled: `δ −= η·decay·θ`; with the model, `p += decay·θ`. Parameters without a block
+follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .damping import check_damping
+from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
-from .fisher_blocks import KroneckerProductFB
-from .fisher_factors.base import check_choice
 from .layer_collection import LayerCollection
-from .loss_functions import LossFactory, make_objective
+from .loss_collection import Output
+from .loss_functions import LossFactory
+from .options import MOMENTUM, Damping, check_count, damping_at, group_options
+from .trials import Trial
+from .updates import StepRecord, UpdateRule
 
-MOMENTUM_TYPES = ("regular", "adam")
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
+_MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 
 
 class KFAC(torch.optim.Optimizer):
@@ -59,24 +65,40 @@ class KFAC(torch.optim.Optimizer):
             gives the factor by which it differs; of `"normal"` the factor shows only
             where a closure returns the loss.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
-            group option.
+            group option. With the quadratic model a factor on the step that it finds;
+            None is 1 (for a scheduler, say 1.0).
         damping: λ, added to the Fisher of the mean loss, in its units: those of the loss
-            per squared parameter. 0 is allowed where no factor is singular. May be
-            changed as `param_groups[0]["damping"]`; read at each refresh.
-        momentum: `μ` in [0, 1); a param group option.
+            per squared parameter. 0 is allowed where no factor is singular. A number,
+            which may be changed as `param_groups[0]["damping"]` and is read at each
+            refresh; a callable of the number of steps taken; or a `LevenbergMarquardt`,
+            which adapts it and needs `step(closure)`.
+        momentum: `μ` in [0, 1); None is 0.9; a param group option. `"qmodel"` finds it.
         weight_decay: decoupled, per unit of `lr`; a param group option.
-        norm_constraint: `c`, in nats of squared Fisher norm, or None for no limit. May be
-            changed as `param_groups[0]["norm_constraint"]`.
-        momentum_type: `"regular"` (momentum of preconditioned gradients) or `"adam"`
-            (momentum of gradients, then preconditioned).
+        norm_constraint: `c`, in nats of squared Fisher norm, or None for no limit;
+            `"auto"` is 1e-3, and None with the quadratic model. May be changed as
+            `param_groups[0]["norm_constraint"]`.
+        momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
+            (momentum of gradients, then preconditioned), `"qmodel"` (step size and
+            momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size).
+            The model takes one or two forward-mode passes per step, on the inputs of the
+            training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
             `"empirical"`, or `"exact"` (one pass per output coordinate).
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses; the first three steps
             refresh them too.
+        num_burnin_steps: the first steps only gather statistics, all with equal weight,
+            and move nothing; they do not count as steps otherwise.
         output: where the network output is in what the model returns, if that is not a
             tensor: a key, an index, an attribute name or a callable.
+
+    Parameters without a block are a param group of their own, the second, with an `lr` and
+    a `momentum` of their own; with the quadratic model it needs an `lr`.
+
+    Attributes:
+        last_step: a `StepRecord` of the last step, or None.
+        skipped_steps: how many were left out.
 
     Raises:
         ValueError: a value out of range, a loss that is not known, or a model without
@@ -96,59 +118,70 @@ class KFAC(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss: str | nn.Module | LossFactory,
+        loss: str | nn.Module | LossFactory | None = None,
+        layer_collection: LayerCollection | None = None,
         *,
-        lr: float,
-        damping: float,
-        momentum: float = 0.9,
+        lr: float | None = None,
+        damping: Damping,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
-        norm_constraint: float | None = 1e-3,
+        norm_constraint: float | str | None = "auto",
         momentum_type: str = "regular",
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
         invert_every: int = 5,
-        output: str | int | Callable[[Any], Tensor] | None = None,
+        num_burnin_steps: int = 0,
+        output: Output = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "damping": damping,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "norm_constraint": norm_constraint,
-        }
-        _check_options(**defaults)
-        check_choice("momentum_type", momentum_type, MOMENTUM_TYPES)
-        _check_interval("cov_update_every", cov_update_every)
-        _check_interval("invert_every", invert_every)
-        layers = LayerCollection()
-        layers.auto_register_layers(model)
-        if not layers.blocks:
-            raise ValueError(
-                f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-                "nn.Linear or an nn.Conv1d/2d/3d (groups=1) with a trained weight that no "
-                "other module shares"
-            )
+        defaults = group_options(
+            momentum_type=momentum_type,
+            lr=lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            norm_constraint=norm_constraint,
+        )
+        check_count("cov_update_every", cov_update_every, 1)
+        check_count("invert_every", invert_every, 1)
+        check_count("num_burnin_steps", num_burnin_steps, 0)
+        layers = _complete(layer_collection, model, loss, output)
         # Frozen ones too: they are left alone while they have no gradient.
-        named = list(model.named_parameters())
-        super().__init__([param for _, param in named], defaults)
+        self._names: dict[Tensor, str] = {
+            param: name for name, param in model.named_parameters()
+        }
+        owned = set(layers.registered_variables)
+        groups: list[dict[str, Any]] = [{"params": [p for p in self._names if p in owned]}]
+        others = [p for p in self._names if p not in owned]
+        if others:
+            own = MOMENTUM if momentum is None else momentum
+            groups.append({"params": others, "momentum": own})
+        super().__init__(groups, defaults)
+        self.last_step: StepRecord | None = None
         self.skipped_steps = 0
+        self._model = model
+        self._damping = damping
         self._momentum_type = momentum_type
+        self._cov_ema_decay = cov_ema_decay
         self._cov_update_every = cov_update_every
         self._invert_every = invert_every
-        self._names: dict[Tensor, str] = {param: name for name, param in named}
+        self._num_burnin_steps = num_burnin_steps
         self._num_steps = 0
+        self._num_burnt = 0
         self._inverses_due = True
+        self._calibrated = False
         self._announced: set[str] = set()
         self.estimator = FisherEstimator(
-            model,
+            None,
+            cov_ema_decay,
+            lambda: self._updates.total_damping(),
             layers,
-            make_objective(loss),
-            lambda: self.param_groups[0]["damping"],
-            cov_ema_decay=cov_ema_decay,
             estimation_mode=estimation_mode,
-            output=output,
         )
+        self._updates = UpdateRule(
+            self, model, self.estimator, self._names, momentum_type, damping
+        )
+        self.estimator.capture.keep_forwards = self._updates.modelled
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -159,31 +192,40 @@ class KFAC(torch.optim.Optimizer):
         """Update factors and inverses where due, then the parameters.
 
         Args:
-            closure: re-evaluates the model and returns the loss; optional.
+            closure: re-evaluates the model on this step's batch, calls `backward` and
+                returns the loss; optional, unless λ adapts. It is then called again after
+                the step where an adaptation is due, with the same random numbers; that
+                call leaves no trace: gradients, buffers and random state are put back.
 
         Returns:
-            What the closure returned.
+            What the closure returned, at first.
 
         Raises:
             RuntimeError: on the first step, if there was no forward in training mode.
+            ValueError: λ adapts and there is no closure; a parameter without a block has
+                no `lr`.
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
-                inverses are unchanged.
+                inverses are unchanged. A λ that adapts is raised instead.
         """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
+        adapts = self._updates.rule is not None
+        trial = Trial(self._model, self.estimator, closure, adapts)
+        value = trial.first()
         params, grads = self._gradients()
         self.estimator.check_loss(value)
-        num_terms = self.estimator.num_terms
-        if self.estimator.objective.reduction == "sum" and num_terms:
-            grads = list(torch._foreach_div(grads, num_terms))
+        if self.estimator.sums_gradients and self.estimator.num_terms:
+            trial.num_terms = self.estimator.num_terms
+            grads = list(torch._foreach_div(grads, trial.num_terms))
+        burning = self._num_burnt < self._num_burnin_steps
         collected = self.estimator.collecting and self.estimator.has_statistics()
-        bad = self._refresh(collected, grads)
-        if not bad and not self._update(params, grads):
-            bad = ["the gradient"]
+        bad = self._update_statistics(collected, grads, burning)
+        if not burning and not bad and params:
+            bad = self._move(params, grads, trial)
+        self.estimator.capture.forwards.clear()
         if bad:
             self._skip(", ".join(bad))
+        if burning:
+            self._num_burnt += 1
+            return value
         self._num_steps += 1
         if collected and not bad:
             self.estimator.collecting = False  # else it stays due
@@ -193,17 +235,27 @@ class KFAC(torch.optim.Optimizer):
             self._inverses_due = True
         return value
 
-    def _refresh(self, collected: bool, grads: list[Tensor]) -> list[str]:
-        """Update factors and inverses where due; return where there is a NaN or an Inf."""
+    def _set_damping(self, damping: float) -> None:
+        if damping != self.param_groups[0]["damping"]:
+            self.param_groups[0]["damping"] = damping
+            self._inverses_due = True
+
+    def _update_statistics(
+        self, collected: bool, grads: list[Tensor], burning: bool
+    ) -> list[str]:
+        """Update the factors where due; return where there is a NaN or an Inf."""
         estimator = self.estimator
-        if collected:
-            norms = torch._foreach_norm(grads)
-            flags = [norm.isfinite().to(norms[0].device) for norm in norms]
-            bad = estimator.update_covariances(torch.stack(flags).all() if flags else None)
-            if bad:
-                return bad
-        else:
+        if not collected:
             estimator.reset()
+            return []
+        norms = torch._foreach_norm(grads)
+        flags = [norm.isfinite().to(norms[0].device) for norm in norms]
+        estimator.cov_ema_decay = 1.0 if burning else self._cov_ema_decay
+        return estimator.update_covariances(torch.stack(flags).all() if flags else None)
+
+    def _update_inverses(self) -> None:
+        """Refresh the inverses where due; a λ that adapts is raised until it can be."""
+        estimator = self.estimator
         blocks = estimator.blocks.values()
         if not any(block.has_statistics for block in blocks):
             raise RuntimeError(
@@ -215,48 +267,78 @@ class KFAC(torch.optim.Optimizer):
         for block in blocks:
             block.follow_params()
         early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
-        if self._inverses_due or early:
-            estimator.update_inverses()
-            self._inverses_due = False
+        for attempt in range(_MAX_ADAPTATIONS):
+            if not (self._inverses_due or early):
+                return
+            try:
+                estimator.update_inverses()
+                self._inverses_due = early = False
+            except torch.linalg.LinAlgError:
+                if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
+                    raise
+                damping = self.param_groups[0]["damping"]
+                self._set_damping(self._updates.rule.update(damping, -1.0))
+
+    def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
+        """Move the parameters; return what is not finite, if anything: nothing moves."""
+        group, rule = self.param_groups[0], self._updates.rule
+        if callable(self._damping):
+            group["damping"] = damping_at(self._damping, self._num_steps)
+        if rule and rule.calibrate and not self._calibrated:
+            self._calibrate(rule, params, grads, trial)
+        self._update_inverses()
+        self._announce_others(params)
+        due = rule is not None and (self._num_steps + 1) % rule.interval == 0
+        step = self._updates.propose(params, grads, with_prediction=due)
+        if not step.finite:
+            return ["the gradient"]
+        torch._foreach_add_(step.params, step.deltas)
+        for p, (key, tensor) in zip(params, step.memory, strict=True):
+            self.state[p][key] = tensor
+        record = StepRecord(
+            step=self._num_steps,
+            lr=step.lr,
+            momentum=step.momentum,
+            damping=group["damping"],
+            loss=trial.loss,
+            predicted_change=step.predicted_change,
+        )
+        if rule and due:
+            new_loss, rho = trial.judge(step.prediction(), rule)
+            record = replace(record, new_loss=new_loss, rho=rho)
+            self._set_damping(rule.update(group["damping"], rho))
+        self.last_step = record
         return []
 
-    def _update(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Move the parameters; return False, changing nothing, if `g` is not finite."""
-        if not params:
-            return True
-        present = set(params)
-        blocks = [
-            block
-            for block in self.estimator.blocks.values()
-            if block.has_statistics and present.issuperset(block.params)
-        ]
-        owned = {p for block in blocks for p in block.params}
-        self._announce(p for p in params if p not in owned)
-        options = {p: group for group in self.param_groups for p in group["params"]}
-        # Parameters without a block are not part of the norm and are not scaled.
-        lr2 = [options[p]["lr"] ** 2 if p in owned else 0.0 for p in params]
-        momenta = [options[p]["momentum"] for p in params]
-        velocities = [self._velocity(p) for p in params]
-        if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momenta))
-            torch._foreach_add_(velocities, grads)
-            updates = self._precondition(blocks, params, velocities)
-            finite = self._limit(updates, velocities, lr2)
-        else:
-            directions = self._precondition(blocks, params, grads)
-            finite = self._limit(directions, grads, lr2)
-            velocities = list(torch._foreach_mul(velocities, momenta))
-            torch._foreach_add_(velocities, directions)
-            updates = velocities
-        if not finite:
-            return False
-        for p, velocity, update in zip(params, velocities, updates, strict=True):
-            lr = options[p]["lr"]
-            if options[p]["weight_decay"]:
-                p.mul_(1 - lr * options[p]["weight_decay"])
-            p.add_(update, alpha=-lr)
-            self.state[p]["momentum_buffer"] = velocity
-        return True
+    def _calibrate(
+        self,
+        rule: LevenbergMarquardt,
+        params: list[Tensor],
+        grads: list[Tensor],
+        trial: Trial,
+    ) -> None:
+        """Adapt λ on one batch until it settles or turns round; the larger one is kept."""
+        before = [p.clone() for p in params]
+        group, last = self.param_groups[0], 0.0
+        for _ in range(_MAX_ADAPTATIONS):
+            self._update_inverses()
+            step = self._updates.propose(params, grads, with_prediction=True)
+            if not step.finite:
+                return
+            try:
+                torch._foreach_add_(step.params, step.deltas)
+                _, rho = trial.judge(step.prediction(), rule)
+            finally:
+                torch._foreach_copy_(params, before)
+            old = group["damping"]
+            new = rule.update(old, rho)
+            if (new - old) * last < 0:
+                new = max(new, old)
+            self._set_damping(new)
+            if new == old or (new - old) * last < 0:
+                break
+            last = new - old
+        self._calibrated = True
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and the gradients.
@@ -278,43 +360,6 @@ class KFAC(torch.optim.Optimizer):
                 grads.append(p.grad)
         return params, grads
 
-    def _velocity(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
-
-    def _precondition(
-        self,
-        blocks: list[KroneckerProductFB],
-        params: list[Tensor],
-        tensors: list[Tensor],
-    ) -> list[Tensor]:
-        """`F̂⁻¹` on the parameters with a block; the others as they are."""
-        result = dict(zip(params, tensors, strict=True))
-        for block in blocks:
-            parts = [result[p] for p in block.params]
-            matrix = block.params_to_matrix(parts).to(block.dtype)
-            update = block.multiply_inverse(matrix.mT).mT
-            result.update(zip(block.params, block.matrix_to_params(update), strict=True))
-        return [result[p].to(p.dtype) for p in params]
-
-    def _limit(
-        self, directions: list[Tensor], grads: list[Tensor], lr2: list[float]
-    ) -> bool:
-        """Scale `p` by `κ` in place; return whether it is finite: the step's host read."""
-        dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
-        dtype = torch.promote_types(dtype, torch.float32)
-        pairs = zip(directions, grads, strict=True)
-        dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
-        products = torch.stack([dot.to(dots[0].device) for dot in dots])
-        constraint = self.param_groups[0]["norm_constraint"]
-        inside = [d for d, weight in zip(directions, lr2, strict=True) if weight]
-        if constraint is not None and inside:
-            norm = torch.dot(products, products.new_tensor(lr2)).clamp(min=0)
-            torch._foreach_mul_(inside, (constraint / norm).sqrt().clamp(max=1.0))
-        return bool(products.isfinite().all())
-
     # Messages.
 
     def _skip(self, why: str) -> None:
@@ -327,8 +372,10 @@ class KFAC(torch.optim.Optimizer):
             stacklevel=5,
         )
 
-    def _announce(self, params: Iterable[Tensor]) -> None:
-        names = {self._names.get(p, "?") for p in params} - self._announced
+    def _announce_others(self, params: list[Tensor]) -> None:
+        owned = self._updates.owned(params)
+        names = {self._names.get(p, "?") for p in params if p not in owned}
+        names -= self._announced
         if names:
             self._announced |= names
             warnings.warn(
@@ -346,6 +393,8 @@ class KFAC(torch.optim.Optimizer):
             "version": _STATE_VERSION,
             "momentum_type": self._momentum_type,
             "num_steps": self._num_steps,
+            "num_burnt": self._num_burnt,
+            "calibrated": self._calibrated,
             "skipped_steps": self.skipped_steps,
             "collecting": self.estimator.collecting,
             "inverses_due": self._inverses_due,
@@ -376,35 +425,45 @@ class KFAC(torch.optim.Optimizer):
         device = self.param_groups[0]["params"][0].device
         self.estimator.load_state_dict(own["estimator"], device)
         self._num_steps = own["num_steps"]
+        self._num_burnt = own["num_burnt"]
+        self._calibrated = own["calibrated"]
         self.skipped_steps = own["skipped_steps"]
         self.estimator.collecting = own["collecting"]
         self._inverses_due = own["inverses_due"]
 
 
-def _check_options(
-    lr: float,
-    damping: float,
-    momentum: float,
-    weight_decay: float,
-    norm_constraint: float | None,
-) -> None:
-    check_damping(damping)
-    limited = norm_constraint is not None
-    for name, value, good, expected in (
-        ("lr", lr, lr >= 0, "a number >= 0"),
-        ("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0"),
-        (
-            "norm_constraint",
-            norm_constraint,
-            not limited or norm_constraint > 0,
-            "a positive number or None",
-        ),
-    ):
-        if not good:
-            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+def _complete(
+    layers: LayerCollection | None,
+    model: nn.Module,
+    loss: str | nn.Module | LossFactory | None,
+    output: Output,
+) -> LayerCollection:
+    """Return a collection of the model with layers and losses.
 
-
-def _check_interval(name: str, steps: int) -> None:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {steps!r}")
+    Raises:
+        ValueError: no supported layer, or not exactly one of `loss` and losses that are
+            registered, or the collection of another model.
+    """
+    if layers is None:
+        layers = LayerCollection(model)
+        layers.auto_register_layers()
+    elif layers.model is not model:
+        raise ValueError(
+            "layer_collection: expected a collection of the model given to KFAC, got one "
+            f"of another {type(layers.model).__name__}"
+        )
+    if not layers.blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that K-FAC supports: expected an "
+            "nn.Linear, an nn.Conv1d/2d/3d or an nn.Embedding with a trained weight that "
+            "no module of another kind shares"
+        )
+    if (loss is None) == (not layers.registered_losses):
+        given = "neither" if loss is None else "both"
+        raise ValueError(
+            f"loss: expected either loss= or losses registered in layer_collection, got "
+            f"{given}"
+        )
+    if loss is not None:
+        layers.register_loss_function(loss, output)
+    return layers

@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from .base import NegativeLogProbLoss
+from .base import LossFunction
 from .bernoulli import MultiBernoulliNegativeLogProbLoss
 from .categorical import CategoricalLogitsNegativeLogProbLoss
 from .normal import NormalMeanNegativeLogProbLoss
 
-LossFactory: TypeAlias = Callable[[Tensor], NegativeLogProbLoss]
+LossFactory: TypeAlias = Callable[[Tensor], LossFunction]
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -49,7 +49,7 @@ def make_objective(loss: str | nn.Module | LossFactory) -> Objective:
         loss: `"categorical"` (classes last), `"normal"` (unit variance: `½‖y − z‖²`) or
             `"bernoulli"`, a mean over loss terms; or the torch criterion in use
             (`nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`), its reduction
-            understood; or a `NegativeLogProbLoss` class or factory.
+            understood; or a `LossFunction` class or factory.
 
     Raises:
         ValueError: an unknown name, criterion, or option of one.
@@ -68,7 +68,7 @@ def make_objective(loss: str | nn.Module | LossFactory) -> Objective:
     if callable(loss):
         return Objective(loss)
     raise TypeError(
-        "loss: expected a name, a torch criterion, or a NegativeLogProbLoss class or "
+        "loss: expected a name, a torch criterion, or a LossFunction class or "
         f"factory, got {loss!r}"
     )
 
@@ -85,7 +85,7 @@ def _objective_of_criterion(criterion: nn.Module) -> Objective:
         if getattr(criterion, option, None) is not None:
             raise ValueError(
                 f"loss: {criterion} with {option}= is not the negative log-likelihood of "
-                "a distribution known here; pass a NegativeLogProbLoss factory"
+                "a distribution known here; pass a LossFunction factory"
             )
     if isinstance(criterion, nn.CrossEntropyLoss):
         return Objective(_categorical_channels_first, reduction)
@@ -95,15 +95,15 @@ def _objective_of_criterion(criterion: nn.Module) -> Objective:
         return Objective(MultiBernoulliNegativeLogProbLoss, reduction, per_output=mean)
     raise ValueError(
         "loss: expected nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, got "
-        f"{criterion}; pass a NegativeLogProbLoss class or factory for any other loss"
+        f"{criterion}; pass a LossFunction class or factory for any other loss"
     )
 
 
-def _unit_normal(output: Tensor) -> NegativeLogProbLoss:
+def _unit_normal(output: Tensor) -> LossFunction:
     return NormalMeanNegativeLogProbLoss(output, var=1.0)
 
 
-def _categorical_channels_first(output: Tensor) -> NegativeLogProbLoss:
+def _categorical_channels_first(output: Tensor) -> LossFunction:
     return CategoricalLogitsNegativeLogProbLoss(output, class_dim=1)
 
 

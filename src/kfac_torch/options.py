@@ -1,0 +1,96 @@
+"""The options of `KFAC`: which values are allowed, and what each default stands for.
+
+A default may depend on the momentum type: the step of the quadratic model needs neither a
+learning rate nor a limit. Left out: anything that is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from .damping import LevenbergMarquardt, check_damping
+from .fisher_factors.base import check_choice
+
+MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
+MOMENTUM = 0.9
+NORM_CONSTRAINT = 1e-3
+
+Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
+
+
+def group_options(
+    *,
+    momentum_type: str,
+    lr: float | None,
+    damping: Damping,
+    momentum: float | None,
+    weight_decay: float,
+    norm_constraint: float | str | None,
+) -> dict[str, Any]:
+    """Return the options of a param group, defaults filled in.
+
+    Raises:
+        ValueError: a value out of range, or one that the momentum type does not take.
+
+    >>> group_options(momentum_type="qmodel", lr=None, damping=0.1, momentum=None,
+    ...     weight_decay=0.0, norm_constraint="auto")
+    {'lr': None, 'damping': 0.1, 'momentum': 0.0, 'weight_decay': 0.0,
+     'norm_constraint': None}
+    """
+    check_choice("momentum_type", momentum_type, MOMENTUM_TYPES)
+    modelled = momentum_type.startswith("qmodel")
+    free = momentum_type == "qmodel"
+    if momentum is None:
+        momentum = 0.0 if free else MOMENTUM
+    if norm_constraint == "auto":
+        norm_constraint = None if modelled else NORM_CONSTRAINT
+    limit = norm_constraint
+    for name, value, good, expected in (
+        (
+            "lr",
+            lr,
+            modelled if lr is None else lr >= 0,
+            "a number >= 0 or None" if modelled else "a number >= 0",
+        ),
+        ("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)"),
+        (
+            "momentum",
+            momentum,
+            not (free and momentum),
+            'None with momentum_type="qmodel", which finds it (or "qmodel_fixedmu")',
+        ),
+        ("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0"),
+        (
+            "norm_constraint",
+            limit,
+            limit is None or (isinstance(limit, float | int) and limit > 0),
+            'a positive number or None, or "auto"',
+        ),
+    ):
+        if not good:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return {
+        "lr": lr,
+        "damping": damping_at(damping, 0),
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "norm_constraint": norm_constraint,
+    }
+
+
+def damping_at(damping: Damping, step: int) -> float:
+    """Return λ at a step: of a schedule, of a rule at its start, or the number itself.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if isinstance(damping, LevenbergMarquardt):
+        return damping.initial
+    return check_damping(damping(step) if callable(damping) else damping)
+
+
+def check_count(name: str, value: int, at_least: int) -> None:
+    """Raise ValueError unless `value` is an integer that is large enough."""
+    if not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name}: expected an integer >= {at_least}, got {value!r}")

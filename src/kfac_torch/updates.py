@@ -1,0 +1,358 @@
+"""`UpdateRule`: what a step of K-FAC is, for every momentum type; nothing is changed yet.
+
+Notation and the rules: `optimizer.py`. A step is proposed as a whole, with what to
+remember of it and, where asked for, the change of the loss that is predicted for exactly
+this step: by the exact quadratic model where that makes the step, else with the
+Kronecker-factored `F̂` in its place, of which parameters without a block are no part.
+Left out: when to take a step, and whether (the optimizer's business).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import random_state, set_random_state
+from .damping import LevenbergMarquardt
+from .estimator import FisherEstimator
+from .fisher_blocks import FisherBlock
+from .loss_functions import LossFunction
+from .options import Damping
+from .quadratic_model import QuadraticModel, fisher_products, products, rerun
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did; tensors are left on their device, None is what was not computed.
+
+    Args:
+        step: its number, from 0, burn-in steps not counted.
+        lr: `η`, or `−α η` of the quadratic model.
+        momentum: `μ`, or the one found by the quadratic model.
+        damping: λ that was used.
+        loss: what the closure returned, per loss term.
+        new_loss: the same after the step.
+        predicted_change: of the loss, by the quadratic model.
+        rho: the change of the loss over the predicted one.
+    """
+
+    step: int
+    lr: Tensor | float
+    momentum: Tensor | float
+    damping: float
+    loss: Tensor | float | None = None
+    new_loss: Tensor | float | None = None
+    predicted_change: Tensor | None = None
+    rho: float | None = None
+
+
+@dataclass
+class Step:
+    """A step that is proposed; nothing has changed yet.
+
+    Args:
+        params: what moves.
+        deltas: `δ`, by parameter.
+        memory: what to remember of the step, by parameter: a key and a tensor.
+        finite: whether there is neither a NaN nor an Inf in it; 0-dim.
+        lr: see `StepRecord`.
+        momentum: see `StepRecord`.
+        predicted_change: see `StepRecord`.
+    """
+
+    params: list[Tensor]
+    deltas: list[Tensor]
+    memory: list[tuple[str, Tensor]]
+    finite: Tensor
+    lr: Tensor | float
+    momentum: Tensor | float
+    predicted_change: Tensor | None = None
+
+    def prediction(self) -> Tensor:
+        """Return the predicted change, which was asked for."""
+        assert self.predicted_change is not None
+        return self.predicted_change
+
+
+class UpdateRule:
+    """Propose steps for the parameters of an optimizer.
+
+    Args:
+        optimizer: its param groups and state are read.
+        model: the root module.
+        estimator: of the Fisher.
+        names: of the parameters.
+        momentum_type: one of `MOMENTUM_TYPES`.
+        damping: as `KFAC` was given it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        estimator: FisherEstimator,
+        names: Mapping[Tensor, str],
+        momentum_type: str,
+        damping: Damping,
+    ) -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._estimator = estimator
+        self._names = names
+        self._momentum_type = momentum_type
+        self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
+        self._undamped = False
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the quadratic model makes the step."""
+        return self._momentum_type.startswith("qmodel")
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self._optimizer.param_groups[0]
+
+    def total_damping(self) -> float:
+        """Return `λ + ℓ`, which damps the factors; 0 while `F̂` itself is asked for."""
+        return 0.0 if self._undamped else self._group["damping"] + self._l2_reg()
+
+    def _l2_reg(self) -> float:
+        return self.rule.l2_reg if self.rule else 0.0
+
+    def _included(self) -> float:
+        """What the predicted change counts as curvature, of `λ + ℓ`."""
+        include = self.rule is not None and self.rule.include_damping
+        return self.total_damping() if include else self._l2_reg()
+
+    def owned(self, params: list[Tensor]) -> set[Tensor]:
+        """Return those whose step the blocks make."""
+        blocks = self._ready_blocks(params)
+        return {p for block in blocks for p in block.params}
+
+    def _ready_blocks(self, params: list[Tensor]) -> list[FisherBlock]:
+        """The blocks that have statistics, and a gradient for every parameter."""
+        present = set(params)
+        return [
+            block
+            for block in self._estimator.blocks.values()
+            if block.has_statistics and present.issuperset(block.params)
+        ]
+
+    def propose(
+        self, params: list[Tensor], grads: list[Tensor], with_prediction: bool
+    ) -> Step:
+        """Return the step from here; changes nothing."""
+        blocks = self._ready_blocks(params)
+        owned: set[Tensor] = {p for block in blocks for p in block.params}
+        if not self.modelled:
+            step = self._propose_fixed(blocks, owned, params, grads)
+            if with_prediction:
+                step.predicted_change = self._kronecker_change(blocks, step, grads)
+            return step
+        if not owned:
+            return self._propose_fixed(blocks, owned, params, grads)
+        inside = [p in owned for p in params]
+        outside = [not flag for flag in inside]
+        step = self._propose_modelled(blocks, *_select(inside, params, grads))
+        if len(step.params) == len(params):
+            return step
+        rest = _select(outside, params, grads)
+        plain = self._propose_fixed([], owned, *rest)
+        linear = _dot(rest[1], plain.deltas)
+        merged = {
+            p: (delta, memory)
+            for part in (step, plain)
+            for p, delta, memory in zip(part.params, part.deltas, part.memory, strict=True)
+        }
+        return replace(
+            step,
+            params=params,
+            deltas=[merged[p][0] for p in params],
+            memory=[merged[p][1] for p in params],
+            predicted_change=step.prediction() + linear,
+            finite=step.finite & plain.finite.to(step.finite.device),
+        )
+
+    def _propose_fixed(
+        self,
+        blocks: list[FisherBlock],
+        owned: set[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+    ) -> Step:
+        """`η` and `μ` are given: `"regular"`, `"adam"` and parameters without a block."""
+        options = {
+            p: group for group in self._optimizer.param_groups for p in group["params"]
+        }
+        lrs = [options[p]["lr"] for p in params]
+        if None in lrs:
+            self._refuse_without_lr(p for p in params if options[p]["lr"] is None)
+        # Parameters without a block are not part of the norm and are not scaled.
+        lr2 = [options[p]["lr"] ** 2 if p in owned else 0.0 for p in params]
+        momenta = [options[p]["momentum"] for p in params]
+        velocities = self._remembered(params, "momentum_buffer")
+        if self._momentum_type == "adam":
+            velocities = list(torch._foreach_mul(velocities, momenta))
+            torch._foreach_add_(velocities, grads)
+            updates = self._precondition(blocks, params, velocities)
+            finite = self._limit(updates, velocities, lr2)
+        else:
+            directions = self._precondition(blocks, params, grads)
+            finite = self._limit(directions, grads, lr2)
+            velocities = list(torch._foreach_mul(velocities, momenta))
+            torch._foreach_add_(velocities, directions)
+            updates = velocities
+        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
+        for p, delta in zip(params, deltas, strict=True):
+            if options[p]["weight_decay"]:
+                delta.add_(p, alpha=-options[p]["lr"] * options[p]["weight_decay"])
+        memory = [("momentum_buffer", velocity) for velocity in velocities]
+        group = self._group
+        return Step(params, deltas, memory, finite, group["lr"], group["momentum"])
+
+    def _propose_modelled(
+        self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
+    ) -> Step:
+        """Step size, and maybe momentum, from the exact quadratic model."""
+        group, total = self._group, self.total_damping()
+        direction = self._precondition(blocks, params, grads)
+        if group["weight_decay"]:
+            torch._foreach_add_(direction, params, alpha=group["weight_decay"])
+        directions = [direction]
+        fixed = None if self._momentum_type == "qmodel" else group["momentum"]
+        if fixed != 0 and any(
+            "previous_update" in self._optimizer.state[p] for p in params
+        ):
+            directions.append(self._remembered(params, "previous_update"))
+        model = self._quadratic_model(params, grads, directions)
+        weights = model.minimize(total, fixed)
+        scale = torch.ones_like(weights[0])
+        if group["lr"] is not None:
+            scale = scale * group["lr"]
+        if group["norm_constraint"] is not None:
+            norm = model.squared_norm(scale * weights, total)
+            scale = scale * (group["norm_constraint"] / norm).sqrt().clamp(max=1.0)
+        weights = scale * weights
+        deltas = list(torch._foreach_mul(directions[0], weights[0]))
+        for previous, weight in zip(directions[1:], weights[1:], strict=True):
+            torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
+        return Step(
+            params,
+            deltas,
+            [("previous_update", delta) for delta in deltas],
+            torch.cat([weights, model.slopes]).isfinite().all(),
+            -weights[0],
+            weights[1] if len(weights) > 1 else torch.zeros_like(weights[0]),
+            model.change(weights, self._included()),
+        )
+
+    def _quadratic_model(
+        self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
+    ) -> QuadraticModel:
+        names = [self._names[p] for p in params]
+        calls = self._estimator.capture.forwards
+        device = params[0].device
+        now = random_state(device) if calls else None
+
+        def forwards() -> Iterable[Callable[..., Any]]:
+            for call in calls:
+                set_random_state(call.random_state, device)
+                yield rerun(self._model, call.args, call.kwargs)
+
+        try:
+            curvature = fisher_products(
+                forwards(),
+                self._losses,
+                dict(zip(names, params, strict=True)),
+                [dict(zip(names, parts, strict=True)) for parts in directions],
+            )
+        finally:
+            if now is not None:
+                set_random_state(now, device)
+        gram = products([*directions, grads])
+        return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
+
+    def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:
+        """What the model returned means: distributions, each with its weight."""
+        return self._estimator.losses(output)
+
+    def _kronecker_change(
+        self, blocks: list[FisherBlock], step: Step, grads: list[Tensor]
+    ) -> Tensor:
+        """`gᵀδ + ½ δᵀF̂δ`, `F̂` without damping, of a step with given `η` and `μ`."""
+        deltas = dict(zip(step.params, step.deltas, strict=True))
+        linear = _dot(grads, step.deltas)
+        quadratic = torch.zeros_like(linear)
+        self._undamped = True
+        try:
+            for block in blocks:
+                parts = [deltas[p] for p in block.params]
+                V = block.params_to_vector(parts).to(block.dtype)
+                quadratic += (V * block.multiply(V)).sum().to(quadratic)
+        finally:
+            self._undamped = False
+        included = self._included()
+        if included:
+            quadratic += included * _dot(step.deltas, step.deltas)
+        return linear + 0.5 * quadratic
+
+    def _remembered(self, params: list[Tensor], key: str) -> list[Tensor]:
+        """What earlier steps left, 0 where there is nothing."""
+        return [
+            self._optimizer.state[p][key]
+            if key in self._optimizer.state[p]
+            else torch.zeros_like(p)
+            for p in params
+        ]
+
+    def _precondition(
+        self,
+        blocks: list[FisherBlock],
+        params: list[Tensor],
+        tensors: list[Tensor],
+    ) -> list[Tensor]:
+        """`F̂⁻¹` on the parameters with a block; the others as they are."""
+        result = dict(zip(params, tensors, strict=True))
+        for block in blocks:
+            parts = [result[p] for p in block.params]
+            result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
+        return [result[p].to(p.dtype) for p in params]
+
+    def _limit(
+        self, directions: list[Tensor], grads: list[Tensor], lr2: list[float]
+    ) -> Tensor:
+        """Scale `p` by `κ` in place; return whether it is finite, 0-dim."""
+        dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
+        dtype = torch.promote_types(dtype, torch.float32)
+        pairs = zip(directions, grads, strict=True)
+        dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
+        products = torch.stack([dot.to(dots[0].device) for dot in dots])
+        constraint = self._group["norm_constraint"]
+        inside = [d for d, weight in zip(directions, lr2, strict=True) if weight]
+        if constraint is not None and inside:
+            norm = torch.dot(products, products.new_tensor(lr2)).clamp(min=0)
+            torch._foreach_mul_(inside, (constraint / norm).sqrt().clamp(max=1.0))
+        return products.isfinite().all()
+
+    def _refuse_without_lr(self, params: Iterable[Tensor]) -> None:
+        names = ", ".join(sorted(self._names.get(p, "?") for p in params))
+        raise ValueError(
+            f"KFAC.step(): {names}: expected an lr for parameters without a K-FAC block, "
+            f"which the quadratic model leaves out, got None; set "
+            'optimizer.param_groups[1]["lr"] (or lr=), or do not train them'
+        )
+
+
+def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
+    return [list(itertools.compress(tensors, which)) for tensors in lists]
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """The inner product of two lists of tensors, 0-dim."""
+    return products([list(left), list(right)])[0, 1]
