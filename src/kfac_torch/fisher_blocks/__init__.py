@@ -1,12 +1,34 @@
-"""Blocks: one layer's share of the Fisher, as a Kronecker product of two factors."""
+"""Blocks: the share of a layer, or of any parameters, in the Fisher."""
 
 from .base import (
     FisherBlock as FisherBlock,
-    KroneckerProductFB as KroneckerProductFB,
+    Moment as Moment,
 )
 from .conv import (
+    ConvDiagonalFB as ConvDiagonalFB,
     ConvKFCBasicFB as ConvKFCBasicFB,
+    DepthwiseConvDiagonalFB as DepthwiseConvDiagonalFB,
+    DepthwiseConvKFCBasicFB as DepthwiseConvKFCBasicFB,
 )
+from .embedding import (
+    EmbeddingKFACFB as EmbeddingKFACFB,
+    EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,
+)
+from .kronecker import KroneckerProductFB as KroneckerProductFB
 from .linear import (
+    FullyConnectedDiagonalFB as FullyConnectedDiagonalFB,
     FullyConnectedKFACBasicFB as FullyConnectedKFACBasicFB,
+)
+from .naive import (
+    FullFB as FullFB,
+    NaiveDiagonalFB as NaiveDiagonalFB,
+)
+from .normalization import (
+    ScaleAndShiftDiagonalFB as ScaleAndShiftDiagonalFB,
+    ScaleAndShiftFullFB as ScaleAndShiftFullFB,
+)
+from .recurrent import (
+    ConvKFCBasicMultiIndepFB as ConvKFCBasicMultiIndepFB,
+    FullyConnectedMultiIndepFB as FullyConnectedMultiIndepFB,
+    FullyConnectedSeriesFB as FullyConnectedSeriesFB,
 )

@@ -1,0 +1,126 @@
+"""Blocks of a scale and a shift: the affine part of a normalisation layer.
+
+`s = x̂ ∘ scale + shift` with `x̂` the normalised input, which is computed again from what
+the layer was given. An example's gradient is `Σ x̂ ∘ g` and `Σ g` over the dimensions
+that the parameters do not have; the blocks are the second moment of both together over
+examples, or its diagonal: exact, up to the dependence of batch statistics on all
+examples, where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..fisher_factors import ScaleAndShiftDiagonalFactor, ScaleAndShiftFullFactor
+from .base import LayerFactorFB, accumulation_dtype, no_data
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class _ScaleAndShiftFB(LayerFactorFB):
+    """The two blocks of a scale and a shift; `V` is a column `[n, 1]` (abstract)."""
+
+    layer_types = (
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.GroupNorm,
+        *_BATCH_NORMS,
+        *_INSTANCE_NORMS,
+    )
+    factor_type: type[Any]
+
+    def _make_factors(self) -> tuple[Any, ...]:
+        weight = self.params[0]
+        factor = self.factor_type(
+            [no_data(self.name)],
+            [[no_data(self.name)]],
+            None,
+            has_shift=self.has_bias,
+            shape=tuple(weight.shape),
+            name=self.name,
+            options=self.options,
+            dtype=accumulation_dtype(weight),
+            device=weight.device,
+        )
+        return (factor,)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Bring `[N, ...]` to `[N, L, *scale.shape]`: what is summed in the second place."""
+        shape = self.params[0].shape
+        if not isinstance(self.module, nn.LayerNorm | nn.RMSNorm):
+            tensor = tensor.movedim(1, -1)  # channels
+        return tensor.reshape(tensor.shape[0], -1, *shape)
+
+    def grad_moments(
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the moment; all calls of an example belong to one gradient."""
+        self.check_one_batch_size(inputs)
+        x = torch.cat([self._rows(normalize(self.module, a)) for a in inputs], 1)
+        g = torch.cat(
+            [
+                self._rows(grad.flatten(0, 1)).unflatten(0, grad.shape[:2])
+                for grad in grads
+            ],
+            2,
+        )
+        return [self._factor().summed_cov(x, g)]
+
+    def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return all entries of scale and shift, one column `[n, 1]`."""
+        return torch.cat([tensor.flatten() for tensor in tensors]).unsqueeze(1)
+
+    def vector_to_params(self, vector: Tensor) -> list[Tensor]:
+        """Undo `params_to_vector`."""
+        parts = vector.flatten().split([param.numel() for param in self.params])
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+
+class ScaleAndShiftFullFB(_ScaleAndShiftFB):
+    """The full block of a scale and a shift.
+
+    >>> block = ScaleAndShiftFullFB(nn.LayerNorm(3))
+    >>> block.instantiate_factors(damping=0.1)
+    >>> x, g = torch.randn(5, 3), torch.randn(5, 3)
+    >>> block.accumulate(block.moments([x], [[g]], num_terms=5), decay=0.95)
+    >>> tuple(block.full_fisher_block().shape)
+    (6, 6)
+    """
+
+    factor_type = ScaleAndShiftFullFactor
+
+
+class ScaleAndShiftDiagonalFB(_ScaleAndShiftFB):
+    """The diagonal of the block of a scale and a shift.
+
+    >>> block = ScaleAndShiftDiagonalFB(nn.GroupNorm(2, 4))
+    >>> block.instantiate_factors(damping=0.1)
+    """
+
+    factor_type = ScaleAndShiftDiagonalFactor
+
+
+def normalize(module: Any, inputs: Tensor) -> Tensor:
+    """Return what a normalisation layer in training mode scales: its output without affine.
+
+    Running statistics are neither used nor changed.
+
+    >>> normalize(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]))
+    tensor([[-1.0000,  1.0000]])
+    """
+    eps = module.eps
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(inputs, module.normalized_shape, eps=eps)
+    if isinstance(module, nn.RMSNorm):
+        return functional.rms_norm(inputs, module.normalized_shape, eps=eps)
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(inputs, module.num_groups, eps=eps)
+    if isinstance(module, _INSTANCE_NORMS):
+        return functional.instance_norm(inputs, eps=eps)
+    return functional.batch_norm(inputs, None, None, training=True, eps=eps)
