@@ -48,7 +48,6 @@ class _Part:
     loss: LossFunction
     coeff: float  # of its Fisher in the summed loss, in terms of the first loss
     own_coeff: float  # of −log p in one of its own terms
-    z: Tensor
     gradient: Tensor | None = None  # at z: all that has arrived
 
 
@@ -189,30 +188,30 @@ class FisherEstimator:
         if not any(z.requires_grad for z in outputs):
             return
         with torch.autocast(outputs[0].device.type, enabled=False):
-            forward = self._describe(output, calls)
+            forward = self._describe(outputs, calls)
             if recording:
                 flags = [~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs]
                 flags = [flag.to(flags[0].device) for flag in flags]
                 finite = torch.stack(flags).all()
                 self._finite = finite if self._finite is None else self._finite & finite
             if recording and self._mode != "empirical":
-                self._collect(forward)
+                self._collect(forward, outputs)
                 forward.calls = []  # they hold the graph, which is about to hold a hook
         if watched or self._mode == "empirical":
-            self._watch(forward)
+            self._watch(forward, outputs)
 
-    def _describe(self, output: Any, calls: list[LayerCall]) -> _Forward:
+    def _describe(self, outputs: list[Tensor], calls: list[LayerCall]) -> _Forward:
         parts = []
-        for entry, z in self.layers.network_outputs(output):
+        for entry, z in zip(self.layers.registered_losses, outputs, strict=True):
             # A NaN must not stop the sampling; it is remembered. -Inf is a mask.
             safe = z.detach().to(torch.promote_types(z.dtype, torch.float32))
             safe = safe.nan_to_num(0.0, 0.0, torch.finfo(safe.dtype).min)
             loss, coeff = entry.objective.factory(safe), entry.objective.coeff(z)
             share = parts[0].loss.num_terms / loss.num_terms if parts else 1.0
-            parts.append(_Part(loss, coeff * share, coeff, z))
+            parts.append(_Part(loss, coeff * share, coeff))
         return _Forward(parts, calls)
 
-    def _watch(self, forward: _Forward) -> None:
+    def _watch(self, forward: _Forward, outputs: list[Tensor]) -> None:
         arrived = self._arrived  # of this step: a later one has a list of its own
 
         def keeper(part: _Part) -> Callable[[Tensor], None]:
@@ -226,30 +225,35 @@ class FisherEstimator:
 
             return keep
 
-        for part in forward.parts:
-            if part.z.requires_grad:
-                watch_gradient(part.z, keeper(part))
+        for part, z in zip(forward.parts, outputs, strict=True):
+            if z.requires_grad:
+                watch_gradient(z, keeper(part))
 
-    def _collect(self, forward: _Forward) -> None:
+    def _collect(self, forward: _Forward, outputs: list[Tensor]) -> None:
         """Take gradients from the network outputs to the layers, and their moments."""
         batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
-        parts = [part for part in forward.parts if part.z.requires_grad]
+        attached = [
+            (z, part)
+            for z, part in zip(outputs, forward.parts, strict=True)
+            if z.requires_grad
+        ]
         if self._mode == "exact":
-            for part in parts:
+            for z, part in attached:
                 columns = part.coeff**0.5 * part.loss.fisher_factor_all_columns()
-                batch.add_columns(part.z, columns.to(part.z.dtype))
+                batch.add_columns(z, columns.to(z.dtype))
         else:
-            batch.add([part.z for part in parts], [self._draw(part) for part in parts])
+            sources = [self._draw(part).to(z.dtype)[None] for z, part in attached]
+            batch.add([z for z, _ in attached], sources)
         self._add_moments(batch.moments())
 
     def _draw(self, part: _Part) -> Tensor:
-        """One random source at `z [1, *z.shape]`, whose second moment is the Fisher."""
-        generator = self._generator_on(part.z.device)
+        """One random source at the network output, whose second moment is the Fisher."""
+        generator = self._generator_on(part.loss.inputs.device)
         if self._mode == "gradients":
             source = part.loss.sample_gradient(generator)
         else:
             source = part.loss.fisher_factor_random_signs(generator)
-        return (part.coeff**0.5 * source).to(part.z.dtype).unsqueeze(0)
+        return part.coeff**0.5 * source
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
