@@ -6,15 +6,26 @@ import math
 import numpy
 import pytest
 import torch
+from loss_cases import (
+    ALL,
+    LOSSES,
+    NATURAL,
+    NEGATIVE_LOG_PROB,
+    WITH_HESSIAN,
+    DerivedCategorical,
+    Poisson,
+    PseudoHuber,
+    close,
+    dense,
+)
 from torch import nn
 from torch.nn import functional
 
+from kfac_torch import KFAC
 from kfac_torch.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
     ConvexLoss,
-    DistributionNegativeLogProbLoss,
     MultiBernoulliNegativeLogProbLoss,
-    NaturalParamsNegativeLogProbLoss,
     NegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
     NormalMeanVarianceNegativeLogProbLoss,
@@ -24,112 +35,6 @@ from kfac_torch.loss_functions import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-class Poisson(DistributionNegativeLogProbLoss, NaturalParamsNegativeLogProbLoss):
-    """`z` is the logarithm of the rate; the minimum a user writes."""
-
-    @property
-    def dist(self):
-        return torch.distributions.Poisson(self.inputs.exp(), validate_args=False)
-
-
-class ElementwisePoisson(NaturalParamsNegativeLogProbLoss):
-    elementwise = True
-
-    def sample(self, generator=None):
-        return torch.poisson(self.inputs.detach().exp(), generator=generator)
-
-    def evaluate_on_targets(self, targets):
-        z = self.inputs
-        return (z.exp() - targets * z + (targets + 1).lgamma()).sum()
-
-
-class DerivedCategorical(NaturalParamsNegativeLogProbLoss):
-    """The cross-entropy once more, with nothing but its definition."""
-
-    def sample(self, generator=None):
-        return CategoricalLogitsNegativeLogProbLoss(self.inputs).sample(generator)
-
-    def evaluate_on_targets(self, targets):
-        return functional.cross_entropy(
-            self.inputs.flatten(0, -2), targets.flatten(), reduction="sum"
-        )
-
-
-class Exponential(DistributionNegativeLogProbLoss):
-    """`z` is the logarithm of the rate, not a natural parameter; `F = 1`, `B` of `√½`s."""
-
-    @property
-    def dist(self):
-        return torch.distributions.Exponential(self.inputs.exp(), validate_args=False)
-
-    @property
-    def fisher_factor_inner_shape(self):
-        return torch.Size([*self.inputs.shape, 2])
-
-    def multiply_fisher_factor(self, vector):
-        return 0.5**0.5 * vector.sum(-1)
-
-    def multiply_fisher_factor_transpose(self, vector):
-        return 0.5**0.5 * torch.stack([vector, vector], -1)
-
-
-class PseudoHuber(ConvexLoss):
-    """Of the norm of an example's residual, so that its coordinates interact."""
-
-    def evaluate_on_targets(self, targets):
-        residuals = (self.inputs - targets).flatten(1)
-        return ((1 + residuals.square().sum(1)).sqrt() - 1).sum()
-
-
-class ElementwisePseudoHuber(ConvexLoss):
-    elementwise = True
-
-    def evaluate_on_targets(self, targets):
-        return ((1 + (self.inputs - targets).square()).sqrt() - 1).sum()
-
-
-def classes_in_the_second_dimension(z, targets=None):
-    return CategoricalLogitsNegativeLogProbLoss(z, targets, class_dim=1)
-
-
-def mean_and_variance(z, targets=None):
-    mean, raw = z.chunk(2, -1)
-    output = torch.cat([mean, raw.square() + 0.1], -1)
-    return NormalMeanVarianceNegativeLogProbLoss.from_output(output, targets)
-
-
-LOSSES = {
-    "categorical": CategoricalLogitsNegativeLogProbLoss,
-    "normal": NormalMeanNegativeLogProbLoss,
-    "bernoulli": MultiBernoulliNegativeLogProbLoss,
-}
-NATURAL = LOSSES | {
-    "categorical, classes second": classes_in_the_second_dimension,
-    "one-hot": OnehotCategoricalLogitsNegativeLogProbLoss,
-    "derived categorical": DerivedCategorical,
-    "poisson": Poisson,
-    "elementwise poisson": ElementwisePoisson,
-}
-NEGATIVE_LOG_PROB = NATURAL | {
-    "mean and variance": mean_and_variance,
-    "exponential": Exponential,
-}
-CONVEX = {
-    "pseudo-Huber": lambda z, y=None: PseudoHuber(
-        z, torch.ones_like(z) if y is None else y
-    ),
-    "elementwise pseudo-Huber": lambda z, y=None: ElementwisePseudoHuber(
-        z, torch.ones_like(z) if y is None else y
-    ),
-}
-WITH_HESSIAN, ALL = NATURAL | CONVEX, NEGATIVE_LOG_PROB | CONVEX
-
-
-def close(actual, expected, atol=1e-10):
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def random_targets(kind, z):
@@ -175,12 +80,6 @@ def test_categorical_fisher_products():
     close(transposed, [-0.4726433733, -0.2845567978, 0.3464682023])
 
 
-def dense(multiply, shape):
-    """The matrix of a linear map from tensors of this shape, by columns."""
-    one_hots = torch.eye(shape.numel()).view(-1, *shape)
-    return torch.stack([multiply(e).flatten() for e in one_hots], 1)
-
-
 SHAPES = [(4, 6), (2, 5, 4)]
 
 
@@ -197,7 +96,7 @@ def test_factors_multiply_to_the_fisher(kind, shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", WITH_HESSIAN)
-def test_fisher_is_the_hessian_at_the_output(kind, shape):
+def test_fisher_is_the_hessian_and_its_factors_multiply_to_it(kind, shape):
     z = torch.randn(shape)
     loss = WITH_HESSIAN[kind](z)
     targets = loss.sample() if kind in NATURAL else torch.ones_like(z)
@@ -205,6 +104,8 @@ def test_fisher_is_the_hessian_at_the_output(kind, shape):
         lambda z: WITH_HESSIAN[kind](z).evaluate_on_targets(targets), z
     ).view(z.numel(), z.numel())
     close(dense(loss.multiply_fisher, z.shape), hessian)
+    B = dense(loss.multiply_fisher_factor, z.shape)
+    close(B @ B.T, hessian)
     for spelling in ("hessian", "ggn"):
         for name in ("", "_factor", "_factor_transpose"):
             ours, theirs = (
@@ -450,6 +351,19 @@ def test_a_convex_loss_needs_its_targets():
         loss.multiply_ggn(torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("make", [Poisson, DerivedCategorical, ALL["pseudo-Huber"]])
+def test_statistics_of_a_loss_of_ones_own(make):
+    """One linear layer and one datum: K-FAC's block is the whole curvature."""
+    model, x = nn.Linear(3, 4, bias=False), torch.randn(1, 3)
+    optimizer = KFAC(model, make, lr=0.1, damping=0.1, estimation_mode="exact")
+    z = model(x).detach()
+    optimizer.estimator.update_covariances()
+    (block,) = (b.full_fisher_block() for b in optimizer.estimator.blocks.values())
+    F = dense(make(z).multiply_fisher, z.shape)
+    close(block, torch.kron(torch.outer(x[0], x[0]), F))
+    optimizer.close()
+
+
 def test_the_defaults_of_a_loss_of_ones_own():
     loss = Poisson(torch.zeros(4, 5, 3))
     assert loss.num_terms == 4
@@ -619,6 +533,10 @@ def test_losses_that_are_not_known(loss, error, message):
         (
             lambda: NormalMeanNegativeLogProbLoss(torch.zeros(2, 2), var=0.0),
             "var: expected",
+        ),
+        (
+            lambda: NormalMeanNegativeLogProbLoss(torch.zeros(2, 2), torch.zeros(2, 2)),
+            r"var: expected a positive number.*\(2, 2\); targets are the third",
         ),
         (
             lambda: NormalMeanNegativeLogProbLoss(torch.zeros(2, 2)).evaluate(),

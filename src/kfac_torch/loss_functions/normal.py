@@ -38,6 +38,11 @@ class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         targets: Tensor | None = None,
         name: str | None = None,
     ) -> None:
+        if isinstance(var, Tensor) and var.numel() != 1:
+            raise ValueError(
+                "normal loss: var: expected a positive number, got a tensor of shape "
+                f"{tuple(var.shape)}; targets are the third argument, targets="
+            )
         if not var > 0:
             raise ValueError(f"normal loss: var: expected a positive number, got {var}")
         self._var = float(var)
