@@ -11,15 +11,34 @@ from .conv import (
     ConvInputKroneckerFactor as ConvInputKroneckerFactor,
     ConvOutputKroneckerFactor as ConvOutputKroneckerFactor,
 )
+from .conv_diagonal import ConvDiagonalFactor as ConvDiagonalFactor
 from .data import (
     append_homog as append_homog,
     compute_cov as compute_cov,
     scope_string_from_params as scope_string_from_params,
 )
+from .diagonal import (
+    DiagonalFactor as DiagonalFactor,
+    FullyConnectedDiagonalFactor as FullyConnectedDiagonalFactor,
+)
+from .diagonal_kronecker import (
+    DiagonalKroneckerFactor as DiagonalKroneckerFactor,
+    EmbeddingInputKroneckerFactor as EmbeddingInputKroneckerFactor,
+)
 from .inverse_providing import (
+    DenseSquareMatrixFactor as DenseSquareMatrixFactor,
     InverseProvidingFactor as InverseProvidingFactor,
     refresh_inverses as refresh_inverses,
 )
 from .linear import (
     FullyConnectedKroneckerFactor as FullyConnectedKroneckerFactor,
+)
+from .naive import (
+    FullFactor as FullFactor,
+    NaiveDiagonalFactor as NaiveDiagonalFactor,
+    NaiveFullFactor as NaiveFullFactor,
+)
+from .normalization import (
+    ScaleAndShiftDiagonalFactor as ScaleAndShiftDiagonalFactor,
+    ScaleAndShiftFullFactor as ScaleAndShiftFullFactor,
 )

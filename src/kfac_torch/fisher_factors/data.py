@@ -112,12 +112,12 @@ def _is_tensor_like(value: object) -> bool:
     return callable(value) or hasattr(value, "__dlpack__")
 
 
-def as_tensor(value: TensorLike, what: str, *, integer: bool = False) -> Tensor:
+def as_tensor(value: TensorLike, what: str, *, integer: bool | None = False) -> Tensor:
     """Read a tensor, an array, DLPack, or the callable that provides one; detached.
 
     Raises:
         TypeError: it is none of these, or not floating point (with `integer`: not of
-            integers).
+            integers; with None: neither).
     """
     if is_provider(value):
         value = value()
@@ -136,8 +136,10 @@ def as_tensor(value: TensorLike, what: str, *, integer: bool = False) -> Tensor:
             f"{what}: expected a tensor, a NumPy array or an object with __dlpack__, "
             f"got {type(value).__name__}"
         )
-    if integer and tensor.dtype not in INTEGERS:
-        raise TypeError(f"{what}: expected integers, got {tensor.dtype}")
-    if not integer and not tensor.is_floating_point():
-        raise TypeError(f"{what}: expected a floating-point dtype, got {tensor.dtype}")
+    is_integer = tensor.dtype in INTEGERS
+    if integer is not False and is_integer:
+        return tensor
+    if integer or not tensor.is_floating_point():
+        kind = "integers" if integer else "a floating-point dtype"
+        raise TypeError(f"{what}: expected {kind}, got {tensor.dtype}")
     return tensor
