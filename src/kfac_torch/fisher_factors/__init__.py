@@ -12,6 +12,10 @@ from .conv import (
     ConvOutputKroneckerFactor as ConvOutputKroneckerFactor,
 )
 from .conv_diagonal import ConvDiagonalFactor as ConvDiagonalFactor
+from .conv_recurrent import (
+    ConvInputMultiKF as ConvInputMultiKF,
+    ConvOutputMultiKF as ConvOutputMultiKF,
+)
 from .data import (
     append_homog as append_homog,
     compute_cov as compute_cov,
@@ -23,6 +27,7 @@ from .diagonal import (
 )
 from .diagonal_kronecker import (
     DiagonalKroneckerFactor as DiagonalKroneckerFactor,
+    DiagonalMultiKF as DiagonalMultiKF,
     EmbeddingInputKroneckerFactor as EmbeddingInputKroneckerFactor,
 )
 from .inverse_providing import (
@@ -41,4 +46,9 @@ from .naive import (
 from .normalization import (
     ScaleAndShiftDiagonalFactor as ScaleAndShiftDiagonalFactor,
     ScaleAndShiftFullFactor as ScaleAndShiftFullFactor,
+)
+from .recurrent import (
+    FullyConnectedMultiKF as FullyConnectedMultiKF,
+    series_option1_product as series_option1_product,
+    series_option2_product as series_option2_product,
 )

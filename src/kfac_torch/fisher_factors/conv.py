@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..patch_moments import patch_second_moment
 from .base import FactorOptions
-from .conv_geometry import CHANNELS_FIRST, CHANNELS_LAST, ConvGeometry, Padding, printable
-from .data import TensorLike, check_choice, scope_string_from_params
+from .conv_geometry import ConvGeometry, Padding, is_channels_first, printable
+from .data import TensorLike, scope_string_from_params
 from .inverse_providing import InverseProvidingFactor
 
 
@@ -133,18 +133,7 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         return self._conv.num_rows(self._single(tensors))
 
     def _new_cov(self, *tensors: Tensor) -> Tensor:
-        conv = self._conv
-        cov = patch_second_moment(
-            conv.channels_first(self._single(tensors)),
-            conv.kernel,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            groups=conv.groups,
-            has_bias=self._has_bias,
-            padding_mode=conv.padding_mode,
-        )
-        return conv.in_order(cov, (-2, -1))
+        return self._conv.moment(self._single(tensors), self._has_bias)
 
 
 class ConvOutputKroneckerFactor(InverseProvidingFactor):
@@ -186,9 +175,7 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
         if name is None:
             flat = [tensor for towers in outputs_grads for tensor in towers]
             name = "ff_convoutkron_" + scope_string_from_params([flat, data_format])
-        known = (None, *CHANNELS_LAST, *CHANNELS_FIRST)
-        check_choice(f"{name}: data_format", data_format, known)
-        self._channel_dim = 1 if data_format in CHANNELS_FIRST else -1
+        self._channel_dim = 1 if is_channels_first(data_format, name) else -1
         self._rank = None if data_format is None else len(data_format)
         first = outputs_grads[0][0] if outputs_grads and outputs_grads[0] else None
         if num_channels is None:

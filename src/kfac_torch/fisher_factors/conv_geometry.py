@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..patch_moments import patch_view, resolve_padding
+from ..patch_moments import patch_second_moment, patch_view, resolve_padding
 from .data import check_choice
 
 Padding: TypeAlias = str | int | Sequence[int] | Sequence[tuple[int, int]]
@@ -160,6 +160,20 @@ class ConvGeometry:
         """Return inputs or outputs as `[N, C, *space]`."""
         return tensor.movedim(-1, 1) if self.channels_last else tensor
 
+    def moment(self, inputs: Tensor, has_bias: bool) -> Tensor:
+        """Return `PᵀP/(N·T)` of the patches, with a one appended last for a bias."""
+        moment = patch_second_moment(
+            self.channels_first(inputs),
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            groups=self.groups,
+            has_bias=has_bias,
+            padding_mode=self.padding_mode,
+        )
+        return self.in_order(moment, (-2, -1))
+
     def patches(self, inputs: Tensor) -> Tensor:
         """Return a view of the patches, `[N, groups·C, *kernel, *out]`."""
         return patch_view(
@@ -181,6 +195,14 @@ class ConvGeometry:
         for n in range(0, inputs.shape[0], examples):
             for o in range(0, out[0], rows):
                 yield slice(n, n + examples), slice(o, o + rows)
+
+    def rows(self, patches: Tensor, n: slice, o: slice, dtype: torch.dtype) -> Tensor:
+        """Copy one of the `pieces` of a view of patches into rows `[·, groups·Δ·C]`."""
+        first = 2 + len(self.kernel)  # of the output dimensions
+        piece = patches[(n, *[slice(None)] * (first - 1), o)].to(dtype)
+        channels = range(1, first)
+        out = range(first, piece.dim())
+        return piece.permute(0, *out, *channels).reshape(-1, self.columns * self.groups)
 
     def in_order(self, array: Tensor, dims: Sequence[int]) -> Tensor:
         """Bring dimensions of channel-major columns (and a bias, last) to our order."""
@@ -220,6 +242,17 @@ def printable(padding: Padding) -> object:
         for side in (pair if isinstance(pair, Sequence) else [pair])
     ]
     return flat
+
+
+def is_channels_first(data_format: str | None, name: str) -> bool:
+    """Whether a data format, for any number of dimensions, has the channels first.
+
+    Raises:
+        ValueError: an unknown data format.
+    """
+    known = (None, *CHANNELS_LAST, *CHANNELS_FIRST)
+    check_choice(f"{name}: data_format", data_format, known)
+    return data_format in CHANNELS_FIRST
 
 
 def _is_channels_last(data_format: str | None, num_dims: int, name: str) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..damping import DampingFunc
 from .base import FactorOptions
-from .data import Entry, TensorLike, scope_string_from_params
+from .data import Entry, TensorLike, name_of_uses, scope_string_from_params
 from .diagonal import DiagonalFactor, scale_rows
 
 
@@ -199,6 +199,77 @@ class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):
         """`B`: the first dimension."""
         tensor = self._single(tensors)
         return tensor.shape[0] if tensor.dim() else 1
+
+
+class DiagonalMultiKF(DiagonalKroneckerFactor):
+    """The diagonal of `C0` of a layer with several uses: dense rows, or ids.
+
+    Args:
+        tensors: `[source][tower]`, each `[T·B, n]` (or ids `[T·B]`), use-major, or a list
+            of T tensors.
+        num_uses: `T`; checked against the data if given.
+        has_bias: append a one, last, to each row.
+        size: `n`, without the bias; needed for ids and callables.
+        name: for messages and checkpoints; built from the arguments if None.
+        options: see `FactorOptions`.
+        dtype: of the moment; that of the data, but at least float32, if None.
+        device: of the moment; that of the data if None.
+
+    Raises:
+        ValueError: data that are not `T` uses, or as `DiagonalKroneckerFactor`.
+
+    >>> x = torch.arange(1.0, 13.0).view(6, 2)
+    >>> factor = DiagonalMultiKF([[x]], num_uses=3)
+    >>> factor.instantiate_cov_variables()
+    >>> factor.make_covariance_update_op(0.0)()
+    tensor([47.6667, 60.6667])
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Sequence[Entry]],
+        num_uses: int | None = None,
+        has_bias: bool = False,
+        *,
+        size: int | None = None,
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if name is None:
+            name = name_of_uses("ff_diagmulti_", tensors, [num_uses, has_bias])
+        self._num_uses = num_uses
+        super().__init__(
+            tensors,
+            has_bias,
+            size=size,
+            name=name,
+            options=options,
+            dtype=dtype,
+            device=device,
+        )
+
+    def _check_tensor(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            super()._check_tensor(tensor)
+        T = self._num_uses
+        one = len(tensors) == 1
+        if T is not None and (tensors[0].shape[0] % T if one else len(tensors) != T):
+            raise ValueError(
+                f"{self.name}: expected {T} uses, in the leading dimension or as a list, "
+                f"got shapes {[tuple(tensor.shape) for tensor in tensors]}"
+            )
+
+    def _new_cov(self, *tensors: Tensor) -> Tensor:
+        return super()._new_cov(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+
+    def _first_source(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[0] for tensor in tensors)
+
+    def _summed_cov(self, *tensors: Tensor) -> Tensor:
+        num_sources = len(tensors[0])
+        return self._new_cov(*(t.flatten(0, 1) for t in tensors)).mul_(num_sources)
 
 
 def _dtype_of(value: object) -> torch.dtype:

@@ -1,9 +1,10 @@
 """`FullFactor`, `NaiveDiagonalFactor`: from the gradient of the summed loss alone.
 
 Notation: `g [P]` the gradient of the loss summed over B examples, flattened over all
-parameters of a block; the factor is `g gᵀ / B [P, P]`, or its diagonal. With targets drawn from the
-model's own distribution the examples' gradients are independent with mean zero, so that
-this has the mean of `Σ_n g_n g_nᵀ / B`, at a higher variance (rank one per batch).
+parameters of a block; the factor is `g gᵀ / B [P, P]`, or its diagonal. With targets
+drawn from the model's own distribution the examples' gradients are independent with mean
+zero, so that this has the mean of `Σ_n g_n g_nᵀ / B`, at a higher variance (rank one per
+batch).
 
 Left out: per-example gradients.
 """
