@@ -132,6 +132,29 @@ def patch_second_moment(
     return moment if groups > 1 else moment[0]
 
 
+def patch_view(
+    inputs: Tensor,
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Patches as a view of the padded inputs, ``[N, C, *kernel, *out]``; not a copy.
+
+    Arguments are those of ``patch_second_moment``. Reshaping the view copies it.
+
+    Example:
+        >>> patch_view(torch.arange(4.0).view(1, 1, 4), 2)[0, 0]
+        tensor([[0., 1., 2.],
+                [1., 2., 3.]])
+    """
+    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    conv = _describe(inputs, sizes, padding, 1, padding_mode)
+    return _windows(_pad(inputs, conv, conv.padding), conv)
+
+
 def resolve_padding(
     padding: Padding,
     space: Sequence[int],

@@ -11,15 +11,44 @@ from .conv import (
     ConvInputKroneckerFactor as ConvInputKroneckerFactor,
     ConvOutputKroneckerFactor as ConvOutputKroneckerFactor,
 )
+from .conv_diagonal import ConvDiagonalFactor as ConvDiagonalFactor
+from .conv_recurrent import (
+    ConvInputMultiKF as ConvInputMultiKF,
+    ConvOutputMultiKF as ConvOutputMultiKF,
+)
 from .data import (
     append_homog as append_homog,
     compute_cov as compute_cov,
     scope_string_from_params as scope_string_from_params,
 )
+from .diagonal import (
+    DiagonalFactor as DiagonalFactor,
+    FullyConnectedDiagonalFactor as FullyConnectedDiagonalFactor,
+)
+from .diagonal_kronecker import (
+    DiagonalKroneckerFactor as DiagonalKroneckerFactor,
+    DiagonalMultiKF as DiagonalMultiKF,
+    EmbeddingInputKroneckerFactor as EmbeddingInputKroneckerFactor,
+)
 from .inverse_providing import (
+    DenseSquareMatrixFactor as DenseSquareMatrixFactor,
     InverseProvidingFactor as InverseProvidingFactor,
     refresh_inverses as refresh_inverses,
 )
 from .linear import (
     FullyConnectedKroneckerFactor as FullyConnectedKroneckerFactor,
+)
+from .naive import (
+    FullFactor as FullFactor,
+    NaiveDiagonalFactor as NaiveDiagonalFactor,
+    NaiveFullFactor as NaiveFullFactor,
+)
+from .normalization import (
+    ScaleAndShiftDiagonalFactor as ScaleAndShiftDiagonalFactor,
+    ScaleAndShiftFullFactor as ScaleAndShiftFullFactor,
+)
+from .recurrent import (
+    FullyConnectedMultiKF as FullyConnectedMultiKF,
+    series_option1_product as series_option1_product,
+    series_option2_product as series_option2_product,
 )

@@ -83,7 +83,7 @@ class FisherFactor(abc.ABC):
         device: of `cov`; that of the first tensor if None.
     """
 
-    _integers = False  # whether the data are integers rather than floating point
+    _integers: bool | None = False  # whether the data are integers; None: either
 
     def __init__(
         self,

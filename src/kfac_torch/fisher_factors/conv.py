@@ -14,30 +14,15 @@ fastest, `(u·kw + v)·C + c`; channels-first data, as in PyTorch, is channel-ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..patch_moments import patch_second_moment, resolve_padding
+from ..patch_moments import patch_second_moment
 from .base import FactorOptions
-from .data import TensorLike, check_choice, scope_string_from_params
+from .conv_geometry import ConvGeometry, Padding, is_channels_first, printable
+from .data import TensorLike, scope_string_from_params
 from .inverse_providing import InverseProvidingFactor
-
-Padding: TypeAlias = str | int | Sequence[int] | Sequence[tuple[int, int]]
-
-_CONVOLUTION = "extract_convolution_patches"
-_IMAGE = "extract_image_patches"
-_POINTWISE = "extract_pointwise_conv2d_patches"
-_EXTRACTORS = (None, _CONVOLUTION, _IMAGE, _POINTWISE)
-_CHANNELS_LAST = ("NWC", "NHWC", "NDHWC")  # by number of spatial dimensions, less one
-_CHANNELS_FIRST = ("NCW", "NCHW", "NCDHW")
-
-
-def _is_channels_last(data_format: str | None, num_dims: int, name: str) -> bool:
-    last, first = _CHANNELS_LAST[num_dims - 1], _CHANNELS_FIRST[num_dims - 1]
-    check_choice(f"{name}: data_format", data_format, (None, last, first))
-    return data_format != first
 
 
 class ConvInputKroneckerFactor(InverseProvidingFactor):
@@ -112,185 +97,43 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         device: torch.device | str | None = None,
     ) -> None:
         if name is None:
-            params = [inputs, filter_shape, strides, _printable(padding), dilation_rate]
+            params = [inputs, filter_shape, strides, printable(padding), dilation_rate]
             params += [data_format, has_bias]
             # Not in the lineage's name, where such factors clash.
             extras = [extract_patches_fn, padding_mode, groups]
             params += [extra for extra in extras if extra not in (None, "zeros", 1)]
             name = "ff_convinkron_" + scope_string_from_params(params)
-        filter_shape = [int(size) for size in filter_shape]
-        self._num_dims = len(filter_shape) - 2
-        if self._num_dims not in (1, 2, 3) or min(filter_shape) < 1:
-            raise ValueError(
-                f"{name}: filter_shape: expected positive [*kernel, C, K] with 1, 2 or 3 "
-                f"spatial dimensions, got {filter_shape}"
-            )
-        check_choice(f"{name}: extract_patches_fn", extract_patches_fn, _EXTRACTORS)
-        if isinstance(padding, str):
-            check_choice(f"{name}: padding", padding, ("SAME", "VALID"))
-        if padding_mode != "zeros" and padding == "SAME":
-            raise ValueError(
-                f"{name}: padding_mode: {padding_mode!r} needs padding in integers or "
-                'pairs; "SAME" is zero padding'
-            )
-        self._kernel = tuple(filter_shape[:-2])
-        self._channels = filter_shape[-2] * groups
-        self._channels_last = _is_channels_last(data_format, self._num_dims, name)
-        self._check_extractor(extract_patches_fn, strides, name)
-        if extract_patches_fn == _POINTWISE:
-            dilation_rate, padding = None, "VALID"  # without effect on a 1x1 kernel
-        self._stride = self._per_dim("strides", strides, extract_patches_fn, name)
-        self._dilation = self._per_dim(
-            "dilation_rate", dilation_rate, extract_patches_fn, name
+        self._conv = ConvGeometry.make(
+            name,
+            filter_shape,
+            padding,
+            strides,
+            dilation_rate,
+            data_format,
+            extract_patches_fn,
+            padding_mode,
+            groups,
         )
-        self._padding = padding
-        self._padding_mode = padding_mode
-        self._groups = groups
         self._has_bias = has_bias
         super().__init__([inputs], name, options, dtype, device)
 
-    def _check_extractor(
-        self, extractor: str | None, strides: Sequence[int] | None, name: str
-    ) -> None:
-        if extractor in (_IMAGE, _POINTWISE) and self._num_dims != 2:
-            raise ValueError(
-                f"{name}: extract_patches_fn: {extractor!r} is for two spatial dimensions, "
-                f"got a kernel of {self._num_dims}"
-            )
-        if extractor == _IMAGE and strides is None:
-            raise ValueError(
-                f"{name}: strides: {_IMAGE!r} needs the long form "
-                f"{self._long_form('sh', 'sw')}, got None"
-            )
-        if extractor == _POINTWISE and (
-            self._kernel != (1, 1) or (strides is not None and set(strides) != {1})
-        ):
-            raise ValueError(
-                f"{name}: extract_patches_fn: {_POINTWISE!r} is for a 1x1 kernel at "
-                f"stride 1, got kernel {self._kernel} and strides {strides}"
-            )
-
-    def _per_dim(
-        self,
-        argument: str,
-        values: Sequence[int] | None,
-        extractor: str | None,
-        name: str,
-    ) -> tuple[int, ...]:
-        """One value per spatial dimension, from the short or the long form."""
-        if values is None:
-            return (1,) * self._num_dims
-        values = tuple(int(value) for value in values)
-        inner = values[1:-1] if self._channels_last else values[2:]
-        long = len(inner) == self._num_dims and values == self._long_form(*inner)
-        spatial = inner if long else values
-        if (
-            len(spatial) != self._num_dims
-            or min(spatial) < 1
-            or (extractor == _IMAGE and not long)
-        ):
-            letters = [f"{argument[0]}{i}" for i in range(self._num_dims)]
-            raise ValueError(
-                f"{name}: {argument}: expected one positive integer for each of the "
-                f"{self._num_dims} spatial dimensions, or the long form "
-                f"{self._long_form(*letters)} (with {_IMAGE!r} always the long form), "
-                f"got {list(values)}"
-            )
-        return spatial
-
-    def _long_form(self, *spatial: object) -> tuple[object, ...]:
-        return (1, *spatial, 1) if self._channels_last else (1, 1, *spatial)
-
     @property
     def _cov_shape(self) -> tuple[int, ...]:
-        offsets = torch.Size(self._kernel).numel()
-        n = offsets * self._channels // self._groups + self._has_bias
-        return (n, n) if self._groups == 1 else (self._groups, n, n)
+        n, groups = self._conv.columns + self._has_bias, self._conv.groups
+        return (n, n) if groups == 1 else (groups, n, n)
 
     def _check_tensor(self, *tensors: Tensor) -> None:
-        tensor = self._single(tensors)
-        rank = self._num_dims + 2
-        if tensor.dim() != rank:
-            formats = _CHANNELS_LAST if self._channels_last else _CHANNELS_FIRST
-            expected = formats[self._num_dims - 1]
-            raise ValueError(
-                f"{self.name}: inputs: expected rank {rank} ({expected}) for a kernel "
-                f"of {self._num_dims} spatial dimensions, got shape "
-                f"{tuple(tensor.shape)}"
-            )
-        channels = tensor.shape[-1 if self._channels_last else 1]
-        if channels != self._channels:
-            raise ValueError(
-                f"{self.name}: inputs: expected {self._channels} channels as in "
-                f"filter_shape, got {channels} in shape {tuple(tensor.shape)}; check "
-                "data_format"
-            )
-        self.num_rows(tensor)
+        self._conv.check_inputs(self._single(tensors))
 
     def _nest(self, tensors: Sequence[TensorLike]) -> Sequence[Sequence[TensorLike]]:
         return super()._nest([tensors])  # inputs have one source
 
     def num_rows(self, *tensors: Tensor) -> int:
-        """`N·T`: examples times output locations.
-
-        Raises:
-            ValueError: the kernel is larger than the padded input.
-        """
-        tensor = self._single(tensors)
-        space = tensor.shape[1:-1] if self._channels_last else tensor.shape[2:]
-        pads = resolve_padding(
-            self._padding, space, self._kernel, self._stride, self._dilation
-        )
-        rows = tensor.shape[0]
-        for n, (before, after), k, s, d in zip(
-            space, pads, self._kernel, self._stride, self._dilation, strict=True
-        ):
-            room = n + before + after - d * (k - 1) - 1
-            if room < 0:
-                raise ValueError(
-                    f"{self.name}: kernel larger than the padded input: kernel "
-                    f"{self._kernel} with dilation {self._dilation} does not fit into "
-                    f"spatial size {tuple(space)} with padding {pads}"
-                )
-            rows *= room // s + 1
-        return rows
+        """`N·T`: examples times output locations."""
+        return self._conv.num_rows(self._single(tensors))
 
     def _new_cov(self, *tensors: Tensor) -> Tensor:
-        tensor = self._single(tensors)
-        if self._channels_last:
-            tensor = tensor.movedim(-1, 1)
-        cov = patch_second_moment(
-            tensor,
-            self._kernel,
-            self._stride,
-            self._padding,
-            self._dilation,
-            groups=self._groups,
-            has_bias=self._has_bias,
-            padding_mode=self._padding_mode,
-        )
-        return self._offset_major(cov) if self._channels_last else cov
-
-    def _offset_major(self, cov: Tensor) -> Tensor:
-        """Reorder rows and columns from `c·Δ + δ` to `δ·C + c`; the bias stays last."""
-        channels = self._channels // self._groups
-        columns = torch.arange(cov.shape[-1], device=cov.device)
-        patch = columns[: len(columns) - self._has_bias]
-        order = patch.view(channels, -1).T.reshape(-1)
-        order = torch.cat([order, columns[len(patch) :]])
-        return cov[..., order[:, None], order]
-
-
-def _printable(padding: Padding) -> object:
-    """The padding in a form that can stand in a name."""
-    if isinstance(padding, str | int):
-        return padding
-    flat = [
-        side
-        for pair in padding
-        for side in (pair if isinstance(pair, Sequence) else [pair])
-    ]
-    return flat
+        return self._conv.moment(self._single(tensors), self._has_bias)
 
 
 class ConvOutputKroneckerFactor(InverseProvidingFactor):
@@ -335,9 +178,7 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
         if name is None:
             flat = [tensor for towers in outputs_grads for tensor in towers]
             name = "ff_convoutkron_" + scope_string_from_params([flat, data_format])
-        known = (None, *_CHANNELS_LAST, *_CHANNELS_FIRST)
-        check_choice(f"{name}: data_format", data_format, known)
-        self._channel_dim = 1 if data_format in _CHANNELS_FIRST else -1
+        self._channel_dim = 1 if is_channels_first(data_format, name) else -1
         self._rank = None if data_format is None else len(data_format)
         first = outputs_grads[0][0] if outputs_grads and outputs_grads[0] else None
         if num_channels is None:

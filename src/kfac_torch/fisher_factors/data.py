@@ -112,12 +112,12 @@ def _is_tensor_like(value: object) -> bool:
     return callable(value) or hasattr(value, "__dlpack__")
 
 
-def as_tensor(value: TensorLike, what: str, *, integer: bool = False) -> Tensor:
+def as_tensor(value: TensorLike, what: str, *, integer: bool | None = False) -> Tensor:
     """Read a tensor, an array, DLPack, or the callable that provides one; detached.
 
     Raises:
         TypeError: it is none of these, or not floating point (with `integer`: not of
-            integers).
+            integers; with None: neither).
     """
     if is_provider(value):
         value = value()
@@ -136,8 +136,41 @@ def as_tensor(value: TensorLike, what: str, *, integer: bool = False) -> Tensor:
             f"{what}: expected a tensor, a NumPy array or an object with __dlpack__, "
             f"got {type(value).__name__}"
         )
-    if integer and tensor.dtype not in INTEGERS:
-        raise TypeError(f"{what}: expected integers, got {tensor.dtype}")
-    if not integer and not tensor.is_floating_point():
-        raise TypeError(f"{what}: expected a floating-point dtype, got {tensor.dtype}")
+    is_integer = tensor.dtype in INTEGERS
+    if integer is not False and is_integer:
+        return tensor
+    if integer or not tensor.is_floating_point():
+        kind = "integers" if integer else "a floating-point dtype"
+        raise TypeError(f"{what}: expected {kind}, got {tensor.dtype}")
     return tensor
+
+
+def name_of_uses(
+    prefix: str, tensors: Sequence[Sequence[Entry]], options: Sequence[Any]
+) -> str:
+    """Return a name from entries, single tensors or lists of uses, and plain arguments."""
+    flat = list[Any]()
+    for towers in tensors:
+        for entry in towers:
+            flat += entry if isinstance(entry, list | tuple) else [entry]
+    return prefix + scope_string_from_params([flat, *options])
+
+
+def last_size(
+    tensors: Sequence[Sequence[Entry]], size: int | None, name: str, dim: int = -1
+) -> int:
+    """Return `size`, or that of the first tensor in dimension `dim`.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if size is not None:
+        return size
+    first = tensors[0][0] if tensors and tensors[0] else None
+    first = first[0] if isinstance(first, list | tuple) and first else first
+    if not hasattr(first, "shape") or len(first.shape) < 2:
+        raise ValueError(
+            f"{name}: expected tensors of two dimensions or more, or their size where they "
+            f"are callables, got {type(first).__name__}"
+        )
+    return first.shape[dim]

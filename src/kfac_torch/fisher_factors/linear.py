@@ -87,11 +87,20 @@ class FullyConnectedKroneckerFactor(InverseProvidingFactor):
 
     def _new_cov(self, *tensors: Tensor) -> Tensor:
         tensor = self._single(tensors)
-        rows = tensor.reshape(-1, self._size)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if not self._has_bias:
-            return compute_cov(rows)
-        # The moment of `append_homog(rows)`, without the copy.
-        mean = rows.mean(0, keepdim=True)
-        top = torch.cat([compute_cov(rows), mean.mT], dim=1)
-        return torch.cat([top, append_homog(mean)], dim=0)
+        return rows_moment(tensor.reshape(-1, self._size), self._has_bias)
+
+
+def rows_moment(rows: Tensor, has_bias: bool) -> Tensor:
+    """Return `XᵀX/R`, at least in float32; with a bias that of `append_homog(X)`.
+
+    >>> rows_moment(torch.tensor([[1.0], [2.0]]), has_bias=True)
+    tensor([[2.5000, 1.5000],
+            [1.5000, 1.0000]])
+    """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if not has_bias:
+        return compute_cov(rows)
+    # Without a copy of the rows.
+    mean = rows.mean(0, keepdim=True)
+    top = torch.cat([compute_cov(rows), mean.mT], dim=1)
+    return torch.cat([top, append_homog(mean)], dim=0)
