@@ -389,7 +389,7 @@ class FisherEstimator:
             found = [self._capture.param_grads.get(param) for param in block.params]
             if block.needs_param_grads and any(grad is not None for grad in found):
                 grads = [None if grad is None else scale * grad[None] for grad in found]
-                covs = block.grad_moments([], fill_missing(grads, block.params))
+                covs = block.grad_moments([], fill_missing(grads, block.params), N)
                 rows = block.num_rows([], N)
                 self._add_moments({block.name: [Moment(cov, rows, N) for cov in covs]})
 

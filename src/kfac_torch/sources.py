@@ -84,7 +84,7 @@ class BatchMoments:
             used = {i: grad for i in indices if (grad := grads[i]) is not None}
             if used:
                 inputs = [self._calls[i].input for i in used]
-                self._add(name, tuple(used), block.grad_moments(inputs, list(used.values())))
+                self._add(name, tuple(used), self._grads(block, inputs, list(used.values())))
 
     @torch.no_grad()
     def _add_params(self, grads: Sequence[Tensor | None]) -> None:
@@ -92,7 +92,12 @@ class BatchMoments:
         for name, block in self._generic.items():
             own = [remaining.pop(0) for _ in block.params]
             if any(grad is not None for grad in own):
-                self._add(name, (), block.grad_moments([], fill_missing(own, block.params)))
+                self._add(name, (), self._grads(block, [], fill_missing(own, block.params)))
+
+    def _grads(
+        self, block: FisherBlock, inputs: list[Tensor], grads: list[Tensor]
+    ) -> list[Tensor]:
+        return block.grad_moments(inputs, grads, self._num_terms)
 
     def _add(self, name: str, used: tuple[int, ...], covs: list[Tensor]) -> None:
         sums = self._sums.setdefault(name, {})
@@ -116,7 +121,8 @@ class BatchMoments:
                 for c in zip(*sums.values(), strict=True)
             ]
             covs = [*block.input_moments(inputs), *grad_covs]
-            result[name] = [Moment(cov, rows, self._num_terms) for cov in covs]
+            uses = block.num_uses(inputs)
+            result[name] = [Moment(cov, rows, self._num_terms, uses) for cov in covs]
         return result
 
     def _inputs(self, used: set[int] | tuple[int, ...]) -> list[Tensor]:

@@ -34,11 +34,13 @@ class Moment:
         cov: a mean over rows.
         rows: `R`.
         terms: `N`, the loss terms of the same batches.
+        uses: of the layer in an example, where that matters.
     """
 
     cov: Tensor
     rows: int
     terms: int
+    uses: int = 1
 
     def merge(self, other: Moment) -> None:
         """Take in another batch: as if both had been one."""
@@ -126,19 +128,23 @@ class FisherBlock(abc.ABC):
     def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
         """`R`: the rows of the factors' data in a batch of `num_terms` loss terms."""
 
+    def num_uses(self, inputs: Sequence[Tensor]) -> int:
+        """The uses of the layer in an example, where the block depends on them; else 1."""
+        return 1
+
     @abc.abstractmethod
     def input_moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the moments of the factors that need no gradients, from `inputs[call]`."""
 
     @abc.abstractmethod
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the other factors' moments, summed over sources.
 
         `grads[call]` are gradients of the summed loss at the layer's outputs, `[S, ...]`
         with one leading dimension of sources; of a generic block `grads[param]`, `[S,
-        ...]` at the parameters.
+        ...]` at the parameters. `num_terms` is `N`.
         """
 
     def moments(
@@ -151,9 +157,9 @@ class FisherBlock(abc.ABC):
         `grads[source][call]`.
         """
         stacked = [torch.stack(calls) for calls in zip(*grads, strict=True)]
-        covs = self.input_moments(inputs) + self.grad_moments(inputs, stacked)
-        rows = self.num_rows(inputs, num_terms)
-        return [Moment(cov, rows, num_terms) for cov in covs]
+        covs = self.input_moments(inputs) + self.grad_moments(inputs, stacked, num_terms)
+        rows, uses = self.num_rows(inputs, num_terms), self.num_uses(inputs)
+        return [Moment(cov, rows, num_terms, uses) for cov in covs]
 
     def accumulate(self, moments: Sequence[Moment], decay: float) -> None:
         """Let a batch enter the running moments of all factors."""

@@ -158,7 +158,7 @@ class ConvDiagonalFB(LayerFactorFB):
         return (factor,)
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the diagonal."""
         if len(inputs) > 1:

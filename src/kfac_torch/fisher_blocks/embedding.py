@@ -76,7 +76,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
         return [A.new_cov([[torch.cat([ids.flatten() for ids in inputs])]])]
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the moment of `G`; rows of the padding id have no gradient."""
         _, G = self._sides()

@@ -124,7 +124,7 @@ class KroneckerProductFB(FisherBlock):
         return [weighted_mean([A.new_cov([[tensor]]) for tensor in inputs], rows)]
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the moment of `G`, summed over the sources `grads[call] [S, ...]`."""
         A, G = self._sides()

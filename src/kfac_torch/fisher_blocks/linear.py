@@ -132,7 +132,7 @@ class FullyConnectedDiagonalFB(LayerFactorFB):
         )
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the diagonal: all calls of an example belong to one gradient."""
         self.check_one_batch_size(inputs)

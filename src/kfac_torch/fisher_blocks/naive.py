@@ -42,7 +42,7 @@ class _NaiveFB(SingleFactorFB):
         first = self.params[0]
         factor = self.factor_type(
             [[no_data(self.name)] * len(self.params)],
-            1,
+            1,  # what the batch brings is divided by its own number of loss terms
             shapes=[param.shape for param in self.params],
             name=self.name,
             options=self.options,
@@ -58,6 +58,12 @@ class _NaiveFB(SingleFactorFB):
     def input_moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return nothing: the factor needs gradients."""
         return []
+
+    def grad_moments(
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+    ) -> list[Tensor]:
+        """Return `g gᵀ/N` or its diagonal, summed over sources `grads[param] [S, ...]`."""
+        return [self._factor().summed_cov(*grads) / num_terms]
 
     def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return all entries of all tensors, one column `[n, 1]`."""

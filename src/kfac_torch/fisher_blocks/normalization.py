@@ -40,9 +40,9 @@ class _ScaleAndShiftFB(LayerFactorFB):
         factor = self.factor_type(
             [no_data(self.name)],
             [[no_data(self.name)]],
-            None,
+            [0, 1],
             has_shift=self.has_bias,
-            shape=tuple(weight.shape),
+            shape=(1, *weight.shape),
             name=self.name,
             options=self.options,
             dtype=accumulation_dtype(weight),
@@ -58,7 +58,7 @@ class _ScaleAndShiftFB(LayerFactorFB):
         return tensor.reshape(tensor.shape[0], -1, *shape)
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the moment; all calls of an example belong to one gradient."""
         self.check_one_batch_size(inputs)

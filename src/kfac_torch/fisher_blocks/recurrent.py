@@ -24,7 +24,7 @@ from ..fisher_factors import (
     series_option2_product,
 )
 from ..fisher_factors.data import check_choice
-from .base import accumulation_dtype, no_data
+from .base import Moment, accumulation_dtype, no_data
 from .conv import ConvKFCBasicFB
 from .kronecker import KroneckerProductFB
 from .linear import FullyConnectedKFACBasicFB
@@ -105,6 +105,7 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         check_choice(f"layer {self.name}: option", option, (1, 2))
         self._option = option
         self._time_dim = time_dim
+        self._num_uses = 1
 
     def _make_factors(self) -> tuple[Any, Any]:
         linear = self.module
@@ -180,16 +181,20 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         return [A.new_cov([[tuple(self._steps(inputs))]])]
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the moments of the gradients, `G0` and `G1`, summed over sources."""
         _, G = self._sides()
-        steps = self._steps(grads, sources=1)
-        moments = [
-            G.new_cov([[tuple(step[source] for step in steps)]])
-            for source in range(len(steps[0]))
-        ]
-        return [sum(moments[1:], moments[0])]
+        return [G.summed_cov(*self._steps(grads, sources=1))]
+
+    def num_uses(self, inputs: Sequence[Tensor]) -> int:
+        """`T`: the steps of an example."""
+        return len(self._steps(inputs))
+
+    def accumulate_factor(self, index: int, moment: Moment, decay: float) -> None:
+        """Let a batch enter the running moments; the chain is as long as its sequences."""
+        super().accumulate_factor(index, moment, decay)
+        self._num_uses = moment.uses
 
     # Products.
 
@@ -203,19 +208,17 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         self._check_exp(exp)
         A, G = self._sides()
         damping_A, damping_G = self._damping_funcs()
+        # The chain is that of an example, which may carry any number of loss terms.
+        T = self._num_uses
         if self._option == 1:
             L_A, psi_A = A.get_option1quants(damping_A)
             L_G, psi_G = G.get_option1quants(damping_G)
-            Z = series_option1_product(psi_G, L_G, psi_A, L_A, vector.mT, self._uses)
+            Z = series_option1_product(psi_G, L_G, psi_A, L_A, vector.mT, T)
         else:
             quants_A = A.get_option2quants(damping_A)
             quants_G = G.get_option2quants(damping_G)
-            Z = series_option2_product(quants_G, quants_A, vector.mT, self._uses)
-        return Z.mT
-
-    @property
-    def _uses(self) -> float:
-        return self.num_locations
+            Z = series_option2_product(quants_G, quants_A, vector.mT, T)
+        return Z.mT * (T / self.num_locations)
 
     def full_fisher_block(self) -> Tensor:
         """Raise NotImplementedError: only the inverse of a chain is known."""
@@ -223,3 +226,14 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
             f"layer {self.name}: the Fisher of a chain over time is known by its inverse "
             "alone; use multiply_inverse"
         )
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what restores the block bit for bit."""
+        return {**super().state_dict(), "num_uses": self._num_uses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; ValueError for another layer's."""
+        super().load_state_dict(state)
+        self._num_uses = state["num_uses"]

@@ -36,7 +36,9 @@ class _ScaleAndShiftFactor(FisherFactor, abc.ABC):
             included.
         broadcast_dims_shift: those of the shift; as the scale if None.
         has_shift: whether there is a shift.
-        shape: of one example of `x`; needed only where the data are callables.
+        shape: of one example of `x`, where the size of a dimension that scale and shift
+            are both broadcast over has no effect; needed only where the data are
+            callables.
         name: for messages and checkpoints; built from the arguments if None.
         options: see `FactorOptions`.
         dtype: of the moment; that of the data, but at least float32, if None.
@@ -97,10 +99,19 @@ class _ScaleAndShiftFactor(FisherFactor, abc.ABC):
 
     def _check_tensor(self, *tensors: Tensor) -> None:
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][1:] != self._shape:
+        free = set.intersection(*map(set, self._dims))
+        expected = [
+            "any" if dim in free else size
+            for dim, size in enumerate(self._shape, start=1)
+        ]
+        sizes = [
+            "any" if dim in free else size
+            for dim, size in enumerate(shapes[0][1:], start=1)
+        ]
+        if len(shapes) != 2 or shapes[0] != shapes[1] or sizes != expected:
             raise ValueError(
                 f"{self.name}: expected inputs and outputs_grads of one shape "
-                f"(N, {', '.join(map(str, self._shape))}), got {shapes}"
+                f"(N, {', '.join(map(str, expected))}), got {shapes}"
             )
 
     def num_rows(self, *tensors: Tensor) -> int:
