@@ -18,6 +18,7 @@ from kfac_torch.curvature_products import (
 )
 from kfac_torch.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
+    NegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
     NormalMeanVarianceNegativeLogProbLoss,
 )
@@ -273,6 +274,38 @@ def test_gradients_and_graph_are_left_alone():
         assert not a.requires_grad
     close(problem.flat(hessian), problem.flat(computer.multiply_hessian(v)))
     assert all(param.grad is None for param in problem.model.parameters())
+
+
+class UndetachedPoisson(NegativeLogProbLoss):
+    """A user's: its factor is a function of `z` in the graph."""
+
+    def sample(self, generator=None):
+        return torch.poisson(self.inputs.detach().exp(), generator=generator)
+
+    def evaluate_on_targets(self, targets):
+        return (self.inputs.exp() - targets * self.inputs).sum()
+
+    def multiply_fisher_factor(self, vector):
+        return (self.inputs / 2).exp() * vector
+
+    multiply_fisher_factor_transpose = multiply_fisher_factor
+
+
+def test_the_curvature_at_the_output_is_a_constant():
+    problem = Problem("mlp", "poisson")
+    v = problem.vector()
+    expected = problem.flat(problem.computer().multiply_fisher(list(v.values())))
+    args = (problem.f, problem.params, v, UndetachedPoisson)
+    close(problem.flat(fisher_vector_product(*args)), expected)
+    problem.make = UndetachedPoisson
+    computer = problem.computer()
+    product = computer.multiply_fisher(list(v.values()))
+    close(problem.flat(product), expected)
+    (factor,) = computer.multiply_fisher_factor_transpose(list(v.values()))
+    back = problem.flat(computer.multiply_fisher_factor([factor]))
+    close(back, expected)
+    assert not factor.requires_grad
+    assert not back.requires_grad
 
 
 def a_loss():

@@ -174,6 +174,7 @@ class CurvatureMatrixVectorProductComputer:
 
     # What they are made of.
 
+    @torch.no_grad()
     def _multiply(self, vecs: Sequence[Tensor], product: str) -> list[Tensor]:
         tangents = self._jacobian_times(vecs)
         scaled = [
@@ -182,6 +183,7 @@ class CurvatureMatrixVectorProductComputer:
         ]
         return self._pull_back([loss.inputs for loss in self._losses], scaled)
 
+    @torch.no_grad()
     def _multiply_factor(
         self, loss_vecs: Sequence[Tensor], product: str, shapes: list[torch.Size]
     ) -> list[Tensor]:
@@ -192,6 +194,7 @@ class CurvatureMatrixVectorProductComputer:
         ]
         return self._pull_back([loss.inputs for loss in self._losses], scaled)
 
+    @torch.no_grad()
     def _multiply_factor_transpose(
         self, vecs: Sequence[Tensor], product: str
     ) -> list[Tensor]:
@@ -205,11 +208,10 @@ class CurvatureMatrixVectorProductComputer:
         """`J v` of every loss: the derivative of `Jᵀ u`, linear in `u`, along `u`."""
         self._check(vecs, [t.shape for t in self._tensors], "wrt_tensors")
         outputs = [loss.inputs for loss in self._losses]
-        with torch.enable_grad():
-            u = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-            JTu = torch.autograd.grad(
-                outputs, self._tensors, u, create_graph=True, allow_unused=True
-            )
+        u = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+        JTu = torch.autograd.grad(
+            outputs, self._tensors, u, create_graph=True, allow_unused=True
+        )
         return _transposed_times(JTu, u, vecs)
 
     def _pull_back(
@@ -380,7 +382,7 @@ def _sandwich(
 
     def pairing(params: Params) -> Tensor:
         z, Jv = torch.func.jvp(f, (params,), (vector,))[:2]
-        return (z * multiply(z.detach(), Jv.detach()).detach()).sum()
+        return (z * multiply(z.detach(), Jv.detach())).sum()
 
     return torch.func.grad(pairing)(params)
 
