@@ -190,7 +190,9 @@ class FisherEstimator:
         with torch.autocast(outputs[0].device.type, enabled=False):
             forward = self._describe(outputs, calls)
             if recording:
-                flags = [~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs]
+                flags = [
+                    ~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs
+                ]
                 flags = [flag.to(flags[0].device) for flag in flags]
                 finite = torch.stack(flags).all()
                 self._finite = finite if self._finite is None else self._finite & finite
@@ -476,7 +478,9 @@ class FisherEstimator:
             KeyError: this exponent is not registered.
             RuntimeError: no statistics, or not refreshed yet.
         """
-        return self._map_blocks(vecs_and_vars, lambda block, v: block.multiply_tensors(v, exp))
+        return self._map_blocks(
+            vecs_and_vars, lambda block, v: block.multiply_tensors(v, exp)
+        )
 
     def _map_blocks(
         self,

@@ -52,7 +52,7 @@ class LossCollection:
     >>> losses.register_squared_error_loss("box", coeff=0.5)
     >>> output = {"class": torch.zeros(2, 3), "box": torch.zeros(2, 4)}
     >>> losses.total_loss(output, {"class": torch.tensor([0, 1]), "box": torch.ones(2, 4)})
-    tensor(3.0986)
+    tensor(4.2433)
     """
 
     def __init__(self) -> None:
@@ -187,7 +187,9 @@ class LossCollection:
         Raises:
             ValueError: it is not there.
         """
-        return [(entry, find_output(output, entry.output)) for entry in self.registered_losses]
+        return [
+            (entry, find_output(output, entry.output)) for entry in self.registered_losses
+        ]
 
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return the losses of what the model returned, each with its weight.
@@ -219,7 +221,9 @@ class LossCollection:
         result = {}
         for entry, z in self.network_outputs(output):
             loss = entry.objective.factory(z)
-            result[entry.name] = loss.evaluate_on_targets(targets[entry.name]) / loss.num_terms
+            result[entry.name] = (
+                loss.evaluate_on_targets(targets[entry.name]) / loss.num_terms
+            )
         return result
 
     def eval_losses_on_samples(

@@ -84,7 +84,9 @@ class BatchMoments:
             used = {i: grad for i in indices if (grad := grads[i]) is not None}
             if used:
                 inputs = [self._calls[i].input for i in used]
-                self._add(name, tuple(used), self._grads(block, inputs, list(used.values())))
+                self._add(
+                    name, tuple(used), self._grads(block, inputs, list(used.values()))
+                )
 
     @torch.no_grad()
     def _add_params(self, grads: Sequence[Tensor | None]) -> None:
@@ -129,9 +131,7 @@ class BatchMoments:
         return [self._calls[i].input for i in sorted(used)]
 
 
-def fill_missing(
-    grads: Sequence[Tensor | None], params: Sequence[Tensor]
-) -> list[Tensor]:
+def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
     """Return `grads [S, *param.shape]` with zeros for those that are None."""
     S = next(grad.shape[0] for grad in grads if grad is not None)
     return [

@@ -137,6 +137,14 @@ class FullyConnectedDiagonalFB(LayerFactorFB):
         """Return the diagonal: all calls of an example belong to one gradient."""
         self.check_one_batch_size(inputs)
         if len(inputs) > 1 or inputs[0].dim() > 2:
-            inputs = [torch.cat([a.flatten(1, -2) if a.dim() > 2 else a[:, None] for a in inputs], 1)]
-            grads = [torch.cat([g.flatten(2, -2) if g.dim() > 3 else g[:, :, None] for g in grads], 2)]
+            inputs = [
+                torch.cat(
+                    [a.flatten(1, -2) if a.dim() > 2 else a[:, None] for a in inputs], 1
+                )
+            ]
+            grads = [
+                torch.cat(
+                    [g.flatten(2, -2) if g.dim() > 3 else g[:, :, None] for g in grads], 2
+                )
+            ]
         return [self._factor().summed_cov(inputs[0], grads[0])]

@@ -64,10 +64,7 @@ class _ScaleAndShiftFB(LayerFactorFB):
         self.check_one_batch_size(inputs)
         x = torch.cat([self._rows(normalize(self.module, a)) for a in inputs], 1)
         g = torch.cat(
-            [
-                self._rows(grad.flatten(0, 1)).unflatten(0, grad.shape[:2])
-                for grad in grads
-            ],
+            [self._rows(grad.flatten(0, 1)).unflatten(0, grad.shape[:2]) for grad in grads],
             2,
         )
         return [self._factor().summed_cov(x, g)]

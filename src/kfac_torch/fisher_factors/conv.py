@@ -217,4 +217,6 @@ class ConvOutputKroneckerFactor(InverseProvidingFactor):
     def _new_cov(self, *tensors: Tensor) -> Tensor:
         tensor = self._single(tensors)
         # The patches of a 1x1 kernel are the rows themselves.
-        return patch_second_moment(tensor.movedim(self._channel_dim, 1), 1, groups=self._groups)
+        return patch_second_moment(
+            tensor.movedim(self._channel_dim, 1), 1, groups=self._groups
+        )

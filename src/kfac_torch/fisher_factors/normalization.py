@@ -101,8 +101,7 @@ class _ScaleAndShiftFactor(FisherFactor, abc.ABC):
         shapes = [tuple(tensor.shape) for tensor in tensors]
         free = set.intersection(*map(set, self._dims))
         expected = [
-            "any" if dim in free else size
-            for dim, size in enumerate(self._shape, start=1)
+            "any" if dim in free else size for dim, size in enumerate(self._shape, start=1)
         ]
         sizes = [
             "any" if dim in free else size
