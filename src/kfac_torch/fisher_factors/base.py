@@ -42,7 +42,7 @@ _INITIALS = ("zeros", "identity")
 
 @dataclass(frozen=True)
 class SubSampling:
-    """How a convolution's input factor saves work: a part of the data, drawn anew each time.
+    """A part of the data for a convolution's input factor, drawn anew at every update.
 
     Draws are without replacement, from a generator of the factor's own, whose state is
     part of the factor's state.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,9 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         self._sub_sampling = _sub_sampling(
             options.sub_sampling, sub_sample_inputs, sub_sample_patches
         )
-        self._generator = torch.Generator().manual_seed(self._sub_sampling.seed)
+        self._generator = None
+        if (self._sub_sampling.inputs, self._sub_sampling.patches) != (None, None):
+            self._generator = torch.Generator().manual_seed(self._sub_sampling.seed)
         super().__init__([inputs], name, options, dtype, device)
 
     @property
@@ -183,7 +186,19 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to restore the factor bit for bit."""
-        return {**super().state_dict(), "generator": self._generator.get_state()}
+        generator = self._generator
+        state = None if generator is None else generator.get_state()
+        return {**super().state_dict(), "generator": state}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `load_state_dict` would not fit; changes nothing."""
+        super().check_state_dict(state)
+        samples = self._generator is not None
+        if samples != (state["generator"] is not None):
+            raise ValueError(
+                f"{self.name}: expected the state of a factor with{'' if samples else 'out'}"
+                " sub-sampling; make it with the same options before loading"
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, after the same registrations.
@@ -192,7 +207,8 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
             ValueError: the state of another factor; nothing is changed then.
         """
         super().load_state_dict(state)
-        self._generator.set_state(state["generator"].cpu())
+        if self._generator is not None:
+            self._generator.set_state(state["generator"].cpu())
 
 
 def _sub_sampling(
