@@ -195,9 +195,10 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         super().check_state_dict(state)
         samples = self._generator is not None
         if samples != (state["generator"] is not None):
+            which = "with" if samples else "without"
             raise ValueError(
-                f"{self.name}: expected the state of a factor with{'' if samples else 'out'}"
-                " sub-sampling; make it with the same options before loading"
+                f"{self.name}: expected the state of a factor {which} sub-sampling; make "
+                "it with the same options before loading"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
