@@ -6,6 +6,7 @@ The classes of `tf.contrib.kfac.fisher_factors`, live: the optimizer runs on the
 from .base import (
     FactorOptions as FactorOptions,
     FisherFactor as FisherFactor,
+    SubSampling as SubSampling,
 )
 from .conv import (
     ConvInputKroneckerFactor as ConvInputKroneckerFactor,
@@ -16,6 +17,7 @@ from .conv_recurrent import (
     ConvInputMultiKF as ConvInputMultiKF,
     ConvOutputMultiKF as ConvOutputMultiKF,
 )
+from .conv_sua import ConvInputSUAKroneckerFactor as ConvInputSUAKroneckerFactor
 from .data import (
     append_homog as append_homog,
     compute_cov as compute_cov,

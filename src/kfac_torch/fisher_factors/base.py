@@ -41,6 +41,46 @@ _INITIALS = ("zeros", "identity")
 
 
 @dataclass(frozen=True)
+class SubSampling:
+    """A part of the data for a convolution's input factor, drawn anew at every update.
+
+    Draws are without replacement, from a generator of the factor's own, whose state is
+    part of the factor's state.
+
+    Args:
+        inputs: the fraction of examples that is kept, rounded up (the lineage's: 0.2);
+            None for all.
+        patches: how many patches are kept, at most, for each column of the factor (the
+            lineage's: 3.0); None for all.
+        max_patches: and how many at most altogether.
+        seed: of the generator.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], or numbers that are not positive.
+
+    >>> SubSampling(inputs=1.5)
+    Traceback (most recent call last):
+    ValueError: sub-sampling: inputs: expected a fraction in (0, 1], got 1.5
+    """
+
+    inputs: float | None = None
+    patches: float | None = None
+    max_patches: int = 10**7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.inputs is not None and not 0 < self.inputs <= 1:
+            raise ValueError(
+                f"sub-sampling: inputs: expected a fraction in (0, 1], got {self.inputs}"
+            )
+        if (self.patches is not None and not self.patches > 0) or self.max_patches < 1:
+            raise ValueError(
+                "sub-sampling: patches, max_patches: expected positive numbers, got "
+                f"{self.patches}, {self.max_patches}"
+            )
+
+
+@dataclass(frozen=True)
 class FactorOptions:
     """What tf.contrib.kfac kept in module globals, per factor.
 
@@ -52,6 +92,7 @@ class FactorOptions:
         eigenvalue_decomposition_threshold: from this number of inverses with different
             damping on, they come from one eigendecomposition.
         eigenvalue_clipping_threshold: eigenvalues are raised to it before damping.
+        sub_sampling: of the inputs of convolutions; None for none.
 
     Raises:
         ValueError: an unknown `initial` or `tower_strategy`.
@@ -65,6 +106,7 @@ class FactorOptions:
     tower_strategy: str = "concat"
     eigenvalue_decomposition_threshold: int = 2
     eigenvalue_clipping_threshold: float = 0.0
+    sub_sampling: SubSampling | None = None
 
     def __post_init__(self) -> None:
         check_choice("initial", self.initial, _INITIALS)

@@ -13,15 +13,18 @@ fastest, `(u·kw + v)·C + c`; channels-first data, as in PyTorch, is channel-ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..patch_moments import patch_second_moment
-from .base import FactorOptions
+from .base import FactorOptions, SubSampling
 from .conv_geometry import ConvGeometry, Padding, is_channels_first, printable
-from .data import TensorLike, scope_string_from_params
+from .data import TensorLike, append_homog, compute_cov, scope_string_from_params
 from .inverse_providing import InverseProvidingFactor
 
 
@@ -53,6 +56,11 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
             `"reflect"` or `"replicate"`.
         groups: with more than one, `filter_shape` has `C/groups` input channels, and the
             moment is `[groups, n, n]`, one matrix per group.
+        sub_sample_inputs: the fraction of examples that each update draws; as
+            `options.sub_sampling` says if None.
+        sub_sample_patches: the most patches that each update draws for each column; as
+            `options.sub_sampling` says if None.
+        patch_mask: `[*kernel, C]`, multiplies every patch.
         name: for messages and checkpoints; built from the arguments if None.
         options: see `FactorOptions`.
         dtype: of the moment; that of the data, but at least float32, if None.
@@ -91,6 +99,9 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         *,
         padding_mode: str = "zeros",
         groups: int = 1,
+        sub_sample_inputs: float | None = None,
+        sub_sample_patches: float | None = None,
+        patch_mask: Any = None,
         name: str | None = None,
         options: FactorOptions = FactorOptions(),
         dtype: torch.dtype | None = None,
@@ -115,6 +126,15 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
             groups,
         )
         self._has_bias = has_bias
+        self._mask = None
+        if patch_mask is not None:
+            self._mask = self._conv.flatten_mask(patch_mask, has_bias)
+        self._sub_sampling = _sub_sampling(
+            options.sub_sampling, sub_sample_inputs, sub_sample_patches
+        )
+        self._generator = None
+        if (self._sub_sampling.inputs, self._sub_sampling.patches) != (None, None):
+            self._generator = torch.Generator().manual_seed(self._sub_sampling.seed)
         super().__init__([inputs], name, options, dtype, device)
 
     @property
@@ -133,7 +153,75 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         return self._conv.num_rows(self._single(tensors))
 
     def _new_cov(self, *tensors: Tensor) -> Tensor:
-        return self._conv.moment(self._single(tensors), self._has_bias)
+        tensor = self._single(tensors)
+        sampling, columns = self._sub_sampling, self._conv.columns
+        if sampling.inputs is not None:
+            kept = math.ceil(sampling.inputs * len(tensor))
+            tensor = tensor[self._draw(len(tensor), kept).to(tensor.device)]
+        num_patches = limit = self._conv.num_rows(tensor)
+        if sampling.patches is not None:
+            limit = min(sampling.max_patches, math.ceil(sampling.patches * columns))
+        if limit < num_patches:
+            moment = self._moment_of_some(tensor, self._draw(num_patches, limit))
+        else:
+            moment = self._conv.moment(tensor, self._has_bias)
+        if self._mask is not None:
+            mask = self._mask.to(moment)
+            moment *= mask.outer(mask)  # of masked patches, which are never formed
+        return moment
+
+    def _draw(self, population: int, number: int) -> Tensor:
+        return torch.randperm(population, generator=self._generator)[:number]
+
+    def _moment_of_some(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        """The moment of the chosen rows alone; the others are not formed."""
+        conv = self._conv
+        rows = conv.some_rows(inputs, chosen).to(self._dtype)
+        rows = rows.unflatten(1, (conv.groups, conv.columns)).transpose(0, 1)
+        rows = append_homog(rows) if self._has_bias else rows
+        moment = conv.in_order(compute_cov(rows, normalizer=len(chosen)), (-2, -1))
+        return moment if conv.groups > 1 else moment[0]
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that `load_state_dict` needs to restore the factor bit for bit."""
+        generator = self._generator
+        state = None if generator is None else generator.get_state()
+        return {**super().state_dict(), "generator": state}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `load_state_dict` would not fit; changes nothing."""
+        super().check_state_dict(state)
+        samples = self._generator is not None
+        if samples != (state["generator"] is not None):
+            which = "with" if samples else "without"
+            raise ValueError(
+                f"{self.name}: expected the state of a factor {which} sub-sampling; make "
+                "it with the same options before loading"
+            )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, after the same registrations.
+
+        Raises:
+            ValueError: the state of another factor; nothing is changed then.
+        """
+        super().load_state_dict(state)
+        if self._generator is not None:
+            self._generator.set_state(state["generator"].cpu())
+
+
+def _sub_sampling(
+    options: SubSampling | None, inputs: float | None, patches: float | None
+) -> SubSampling:
+    """The options, where the arguments do not say otherwise."""
+    options = options or SubSampling()
+    return replace(
+        options,
+        inputs=options.inputs if inputs is None else inputs,
+        patches=options.patches if patches is None else patches,
+    )
 
 
 class ConvOutputKroneckerFactor(InverseProvidingFactor):

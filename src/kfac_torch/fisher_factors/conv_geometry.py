@@ -204,6 +204,15 @@ class ConvGeometry:
         out = range(first, piece.dim())
         return piece.permute(0, *out, *channels).reshape(-1, self.columns * self.groups)
 
+    def some_rows(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        """Copy the chosen rows of the patches, `[number, groups·Δ·C]`, channel-major."""
+        patches = self.patches(inputs)
+        first = 2 + len(self.kernel)  # of the output dimensions
+        out = range(first, patches.dim())
+        by_row = patches.permute(0, *out, *range(1, first))
+        shape = by_row.shape[: 1 + len(self.kernel)]
+        return by_row[torch.unravel_index(chosen.to(inputs.device), shape)].flatten(1)
+
     def in_order(self, array: Tensor, dims: Sequence[int]) -> Tensor:
         """Bring dimensions of channel-major columns (and a bias, last) to our order."""
         if not self.channels_last:

@@ -1,8 +1,7 @@
 """Both sides of a convolution with several uses: patches and gradients of all of them.
 
 Notation: as `recurrent.py`, with rows for uses, examples and locations: `[T·B·locations,
-·]`. A row of lag 1 pairs one location at two successive uses. Left out: the two options
-of `recurrent.py` need nothing here.
+·]`. A row of lag 1 pairs one location at two successive uses. Left out: groups.
 """
 
 from __future__ import annotations

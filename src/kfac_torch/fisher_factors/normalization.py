@@ -124,7 +124,8 @@ class _ScaleAndShiftFactor(FisherFactor, abc.ABC):
         for factor, dims in zip((x, None), self._dims, strict=False):
             part = g if factor is None else factor * g
             within = [dim + 1 for dim in dims if dim]  # `sum([])` would sum over all
-            parts.append((part.sum(within) if within else part).flatten(2))
+            part = part.sum(within) if within else part
+            parts.append(part.reshape(*g.shape[:2], -1))
         return torch.cat(parts, dim=2)
 
     def _new_cov(self, *tensors: Tensor) -> Tensor:

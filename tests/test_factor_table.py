@@ -1,0 +1,612 @@
+"""What every factor has in common, each against a brute-force expression."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kfac_torch import fisher_factors as ff
+from kfac_torch.fisher_factors import FactorOptions, refresh_inverses
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Case(NamedTuple):
+    make: Callable  # (entries[source][tower], **options) -> factor
+    draw: Callable  # number of examples -> one tower's entry
+    moment: Callable  # entry -> what new_cov should be
+    shared: int = 0  # how many tensors of the entry all sources have in common
+    towers: bool = True  # whether there may be several
+
+
+def outer(rows):
+    """The mean of the outer products of rows, one by one."""
+    return sum(torch.outer(row, row) for row in rows) / len(rows)
+
+
+def with_ones(rows):
+    return torch.stack([torch.cat([row, torch.ones(1)]) for row in rows])
+
+
+def patches(x, kernel, stride, padding, dilation):
+    """Patches `[N, locations, C, *kernel]` of `x [N, C, *space]`, one by one."""
+    x = F.pad(x, [side for pair in reversed(padding) for side in pair])
+    starts = [
+        range(0, n - d * (k - 1), s)
+        for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    found = []
+    for start in itertools.product(*starts):
+        window = [
+            slice(i, i + d * (k - 1) + 1, d)
+            for i, k, d in zip(start, kernel, dilation, strict=True)
+        ]
+        found.append(x[(slice(None), slice(None), *window)])
+    return torch.stack(found, dim=1)
+
+
+class Conv(NamedTuple):
+    """A convolution by brute force; its data are channels last if `last`."""
+
+    space: tuple
+    kernel: tuple
+    padding: tuple  # pairs
+    stride: tuple
+    dilation: tuple
+    channels: int  # of one group
+    out_channels: int
+    groups: int = 1
+    last: bool = True
+
+    @property
+    def data_format(self):
+        dims = len(self.space)
+        return ["NWC", "NHWC", "NDHWC"][dims - 1] if self.last else (
+            ["NCW", "NCHW", "NCDHW"][dims - 1]
+        )  # fmt: skip
+
+    @property
+    def filter_shape(self):
+        return [*self.kernel, self.channels, self.out_channels]
+
+    def rows(self, x):
+        """`[N, locations, groups, columns]`."""
+        x = x.movedim(-1, 1) if self.last else x
+        P = patches(x, self.kernel, self.stride, self.padding, self.dilation)
+        P = P.unflatten(2, (self.groups, -1))  # [N, L, groups, C, *kernel]
+        return (P.movedim(3, -1) if self.last else P).flatten(3)
+
+    def inputs(self, N):
+        C = self.channels * self.groups
+        return (
+            torch.randn(N, *self.space, C) if self.last else torch.randn(N, C, *self.space)
+        )
+
+    def pair(self, N):
+        x = self.inputs(N)
+        weight = torch.zeros(1, x.shape[-1 if self.last else 1], *self.kernel)
+        y = F.pad(x.movedim(-1, 1) if self.last else x, [
+            side for pair in reversed(self.padding) for side in pair
+        ])  # fmt: skip
+        conv = [F.conv1d, F.conv2d, F.conv3d][len(self.space) - 1]
+        out = conv(y, weight, stride=self.stride, dilation=self.dilation).shape[2:]
+        K = self.out_channels
+        return x, torch.randn(N, *out, K) if self.last else torch.randn(N, K, *out)
+
+    def gradients(self, entry, has_bias):
+        """Per example, `[N, columns(+1), K]`."""
+        x, g = entry
+        g = (g.movedim(-1, 1) if self.last else g).flatten(2)  # [N, K, L]
+        P, each = self.rows(x), self.out_channels // self.groups
+        gradients = []
+        for p, grad in zip(P, g, strict=True):
+            columns = [
+                sum(p[t, k // each] * grad[k, t] for t in range(len(p)))
+                for k in range(self.out_channels)
+            ]
+            gradient = torch.stack(columns, dim=1)
+            if has_bias:
+                gradient = torch.cat([gradient, grad.sum(1)[None]])
+            gradients.append(gradient)
+        return torch.stack(gradients)
+
+
+CONV1 = Conv((6,), (3,), ((1, 1),), (1,), (1,), 2, 3)
+CONV2 = Conv((5, 6), (2, 3), ((0, 1), (1, 1)), (2, 1), (1, 2), 2, 3)
+CONV2_FIRST = Conv((5, 6), (2, 3), ((0, 1), (1, 1)), (1, 2), (2, 1), 2, 4, 2, False)
+CONV3 = Conv((3, 4, 3), (2, 1, 2), ((0, 0), (0, 0), (1, 0)), (1, 2, 1), (1, 1, 1), 1, 2)
+DEPTHWISE = Conv((4, 4), (2, 2), ((0, 0), (0, 0)), (1, 1), (1, 1), 1, 6, 3, False)
+MASK = torch.tensor([[0.5, 2.0], [0.0, 1.0], [3.0, 1.0]], dtype=torch.float64)
+
+
+def conv_input(conv, has_bias, mask=None):
+    def make(entries, **options):
+        return ff.ConvInputKroneckerFactor(
+            entries[0], conv.filter_shape, conv.padding, conv.stride, conv.dilation,
+            conv.data_format, has_bias=has_bias, groups=conv.groups, patch_mask=mask,
+            **options,
+        )  # fmt: skip
+
+    def moment(x):
+        P = conv.rows(x).flatten(0, 1)
+        if mask is not None:
+            P = P * mask.flatten()
+        groups = [P[:, g] for g in range(conv.groups)]
+        covs = [outer(with_ones(rows) if has_bias else rows) for rows in groups]
+        return torch.stack(covs) if conv.groups > 1 else covs[0]
+
+    return Case(make, conv.inputs, moment)
+
+
+def conv_diagonal(conv, has_bias, mask=None):
+    def make(entries, **options):
+        return ff.ConvDiagonalFactor(
+            *unzip(entries), conv.filter_shape, conv.stride, conv.padding,
+            conv.data_format, conv.dilation, has_bias, groups=conv.groups,
+            patch_mask=mask, **options,
+        )  # fmt: skip
+
+    def moment(entry):
+        gradients = conv.gradients(entry, has_bias)
+        if mask is not None:
+            gradients[:, : mask.numel()] *= mask.reshape(-1, 1)
+        return (gradients**2).mean(0)
+
+    return Case(make, conv.pair, moment, shared=1)
+
+
+def conv_output(last):
+    def make(entries, **options):
+        return ff.ConvOutputKroneckerFactor(entries, "NHWC" if last else "NCHW", **options)
+
+    def moment(g):
+        return outer((g if last else g.movedim(1, -1)).reshape(-1, 3))
+
+    return Case(make, lambda N: torch.randn(N, *((2, 4, 3) if last else (3, 2, 4))), moment)
+
+
+def unzip(entries):
+    return [x for x, _ in entries[0]], [[g for _, g in towers] for towers in entries]
+
+
+def fully_connected(has_bias):
+    def moment(x):
+        rows = x.reshape(-1, 3)
+        return outer(with_ones(rows) if has_bias else rows)
+
+    return Case(
+        lambda entries, **options: ff.FullyConnectedKroneckerFactor(
+            entries, has_bias, **options
+        ),
+        lambda N: torch.randn(N, 2, 3),
+        moment,
+    )
+
+
+def fully_connected_diagonal(middle, has_bias):
+    def draw(N):
+        return torch.randn(N, *middle, 3), torch.randn(N, *middle, 2)
+
+    def moment(entry):
+        squares = []
+        for a, g in zip(*entry, strict=True):
+            a, g = a.reshape(-1, 3), g.reshape(-1, 2)
+            a = with_ones(a) if has_bias else a
+            rows = zip(a, g, strict=True)
+            squares.append(sum(torch.outer(*row) for row in rows) ** 2)
+        return sum(squares) / len(squares)
+
+    return Case(
+        lambda entries, **options: ff.FullyConnectedDiagonalFactor(
+            *unzip(entries), has_bias, **options
+        ),
+        draw,
+        moment,
+        shared=1,
+    )
+
+
+def one_hot(ids, n):
+    return torch.stack([torch.eye(n)[i] for i in ids.flatten().tolist()])
+
+
+def diagonal_kronecker(ids, has_bias):
+    def moment(x):
+        rows = one_hot(x, 4) if ids else x.reshape(-1, 4)
+        return outer(with_ones(rows) if has_bias else rows).diag()
+
+    return Case(
+        lambda entries, **options: ff.DiagonalKroneckerFactor(
+            entries, has_bias, size=4, **options
+        ),
+        lambda N: torch.randint(4, (N, 3)) if ids else torch.randn(N, 2, 4),
+        moment,
+    )
+
+
+EMBEDDING = Case(
+    lambda entries, **options: ff.EmbeddingInputKroneckerFactor(entries[0], 5, **options),
+    lambda N: torch.randint(5, (N, 2)),
+    lambda ids: one_hot(ids, 5).sum(0) / len(ids),
+)
+
+
+def of_params(kind):
+    def draw(N):
+        return torch.randn(2, 3), torch.randn(2)
+
+    def moment(entry):
+        g = torch.cat([grad.flatten() for grad in entry])
+        cov = torch.outer(g, g) / 7
+        return cov if kind is ff.FullFactor else cov.diag().unsqueeze(1)
+
+    return Case(
+        lambda entries, **options: kind([towers[0] for towers in entries], 7, **options),
+        draw,
+        moment,
+        towers=False,
+    )
+
+
+def lagged(uses, rows_of, has_bias):
+    """C0 and C1 of uses `[T][B, ...]`, row by row."""
+    rows = [rows_of(use) for use in uses]
+    rows = [with_ones(use) if has_bias else use for use in rows]
+    pairs = itertools.pairwise(rows)
+    number = sum(map(len, rows))
+    lag = sum(torch.outer(f, p) for past, future in pairs
+              for f, p in zip(future, past, strict=True)) / number  # fmt: skip
+    return torch.stack([outer(torch.cat(rows)), lag])
+
+
+def multi_use(folded, has_bias):
+    def make(entries, **options):
+        factor = ff.FullyConnectedMultiKF(entries, 3, has_bias, **options)
+        factor.register_cov_dt1()
+        return factor
+
+    def draw(N):
+        return torch.randn(3 * N, 2) if folded else tuple(torch.randn(3, N, 2))
+
+    def moment(entry):
+        return lagged(entry.view(3, -1, 2) if folded else entry, lambda x: x, has_bias)
+
+    return Case(make, draw, moment, shared=0)
+
+
+def conv_multi_use(side, conv):
+    def make(entries, **options):
+        if side == "input":
+            factor = ff.ConvInputMultiKF(
+                entries[0], conv.filter_shape, conv.padding, 3, conv.stride, conv.dilation,
+                conv.data_format, has_bias=True, **options,
+            )  # fmt: skip
+        else:
+            factor = ff.ConvOutputMultiKF(entries, 3, conv.data_format, **options)
+        factor.register_cov_dt1()
+        return factor
+
+    def rows(x):
+        if side == "input":
+            return conv.rows(x).flatten(0, 2)
+        return (x if conv.last else x.movedim(1, -1)).flatten(0, -2)
+
+    return Case(
+        make,
+        lambda N: conv.inputs(3 * N),
+        lambda x: lagged(x.unflatten(0, (3, -1)), rows, side == "input"),
+    )
+
+
+def diagonal_multi_use():
+    return Case(
+        lambda entries, **options: ff.DiagonalMultiKF(entries, 3, True, **options),
+        lambda N: tuple(torch.randn(3, N, 2)),
+        lambda entry: outer(with_ones(torch.cat(entry))).diag(),
+    )
+
+
+def scale_and_shift(kind, scale_dims, shift_dims, has_shift):
+    def moment(entry):
+        gradients = []
+        for x, g in zip(*entry, strict=True):
+            dims = [dim - 1 for dim in scale_dims if dim]
+            parts = [(x * g).sum(dims) if dims else x * g]
+            if has_shift:
+                dims = [dim - 1 for dim in shift_dims or scale_dims if dim]
+                parts.append(g.sum(dims) if dims else g)
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+        cov = outer(gradients)
+        return cov if kind is ff.ScaleAndShiftFullFactor else cov.diag().unsqueeze(1)
+
+    return Case(
+        lambda entries, **options: kind(
+            *unzip(entries), scale_dims, shift_dims, has_shift, **options
+        ),
+        lambda N: (torch.randn(N, 2, 3), torch.randn(N, 2, 3)),
+        moment,
+        shared=1,
+    )
+
+
+SUA = Case(
+    lambda entries, **options: ff.ConvInputSUAKroneckerFactor(
+        entries[0], [2, 2, 3, 1], "SAME", has_bias=True, **options
+    ),
+    lambda N: torch.randn(N, 3, 4, 3),
+    lambda x: outer(with_ones(x.reshape(-1, 3))),
+)
+
+CASES = {
+    "fully connected": fully_connected(False),
+    "fully connected, bias": fully_connected(True),
+    "conv input 1d": conv_input(CONV1, True),
+    "conv input 2d": conv_input(CONV2, False),
+    "conv input 2d, groups": conv_input(CONV2_FIRST, True),
+    "conv input 3d": conv_input(CONV3, True),
+    "conv input, mask": conv_input(CONV1, False, MASK),
+    "conv output": conv_output(True),
+    "conv output, channels first": conv_output(False),
+    "fully connected diagonal": fully_connected_diagonal((), False),
+    "fully connected diagonal, bias": fully_connected_diagonal((), True),
+    "fully connected diagonal, tokens": fully_connected_diagonal((2, 2), True),
+    "conv diagonal 1d": conv_diagonal(CONV1, True),
+    "conv diagonal 2d": conv_diagonal(CONV2, False),
+    "conv diagonal 2d, groups": conv_diagonal(CONV2_FIRST, True),
+    "conv diagonal 3d": conv_diagonal(CONV3, True),
+    "conv diagonal, depthwise": conv_diagonal(DEPTHWISE, True),
+    "conv diagonal, mask": conv_diagonal(CONV1, True, MASK),
+    "diagonal side": diagonal_kronecker(False, True),
+    "diagonal side of ids": diagonal_kronecker(True, True),
+    "embedding": EMBEDDING,
+    "full": of_params(ff.FullFactor),
+    "naive diagonal": of_params(ff.NaiveDiagonalFactor),
+    "multi-use, folded": multi_use(True, True),
+    "multi-use, list": multi_use(False, False),
+    "multi-use conv input": conv_multi_use("input", CONV2),
+    "multi-use conv output": conv_multi_use("output", CONV2),
+    "multi-use conv output, channels first": conv_multi_use(
+        "output", CONV2_FIRST._replace(channels=3, groups=1)
+    ),
+    "multi-use diagonal": diagonal_multi_use(),
+    "scale and shift": scale_and_shift(ff.ScaleAndShiftFullFactor, [0, 1], None, True),
+    "scale and shift, own dims": scale_and_shift(
+        ff.ScaleAndShiftFullFactor, [0], [0, 1, 2], True
+    ),
+    "scale and shift diagonal": scale_and_shift(
+        ff.ScaleAndShiftDiagonalFactor, [0, 2], [0], True
+    ),
+    "scale alone": scale_and_shift(ff.ScaleAndShiftDiagonalFactor, (0, 1), None, False),
+    "uncorrelated locations": SUA,
+}
+KINDS = {
+    kind
+    for kind in vars(ff).values()
+    if isinstance(kind, type) and issubclass(kind, ff.FisherFactor)
+}
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return CASES[request.param]
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def ready(case, entries=None, **options):
+    factor = case.make(entries or [[case.draw(4)]], name="layer", **options)
+    factor.instantiate_cov_variables()
+    return factor
+
+
+def parts_of(entry):
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def test_every_class_is_in_the_table():
+    abstract = {ff.FisherFactor, ff.InverseProvidingFactor, ff.DiagonalFactor}
+    made = {type(case.make([[case.draw(2)]])) for case in CASES.values()}
+    assert made == KINDS - abstract
+
+
+def test_update_is_the_brute_force_expression(case):
+    entry = case.draw(5)
+    factor = ready(case, [[entry]])
+    updated = factor.make_covariance_update_op(0.0)()
+    expected = case.moment(entry)
+    if isinstance(factor, ff.FullyConnectedMultiKF | ff.ConvInputMultiKF):
+        close(factor.get_cov_dt1(), expected[1])
+        expected = expected[0]
+    close(updated, expected)
+    assert updated.data_ptr() == factor.get_cov_var().data_ptr()
+
+
+def test_towers_weigh_by_rows_or_alike(case):
+    if not case.towers:
+        pytest.skip("the gradients of parameters are of one tower")
+    entries = [case.draw(2), case.draw(6)]
+    a, b = (case.moment(entry) for entry in entries)
+    close(case.make([entries]).new_cov([entries]), a / 4 + 3 * b / 4)
+    separate = case.make([entries], options=FactorOptions(tower_strategy="separate"))
+    close(separate.new_cov([entries]), (a + b) / 2)
+
+
+def test_moving_average_from_the_identity(case):
+    factor = ready(case, options=FactorOptions(initial="identity"))
+    shape = factor.state_dict()["cov"].shape
+    diagonal = isinstance(factor, ff.DiagonalFactor)
+    n = shape[-1]
+    identity = torch.ones(shape) if diagonal else torch.eye(n).expand(shape).clone()
+    if isinstance(factor, ff.FullyConnectedMultiKF | ff.ConvInputMultiKF):
+        identity[1] = 0  # the lag starts at zero
+    close(factor.state_dict()["cov"], identity)
+    first, second = case.draw(4), case.draw(4)
+    for entry in (first, second):
+        factor.accumulate(factor.new_cov([[entry]]), 0.5)
+    expected = identity / 4 + case.moment(first) / 4 + case.moment(second) / 2
+    close(factor.state_dict()["cov"], expected)
+
+
+def test_summed_cov_is_the_sum_over_sources(case):
+    entries = [parts_of(case.draw(4)) for _ in range(3)]
+    # Inputs are those of the first source; the rest is stacked.
+    shared = entries[0][: case.shared]
+    sources = [[(*shared, *entry[case.shared :])] for entry in entries]
+    if len(entries[0]) == 1:
+        sources = [[entry[0]] for (entry,) in sources]
+    stacked = zip(*(entry[case.shared :] for entry in entries), strict=True)
+    factor = case.make(sources[:1])
+    summed = factor.summed_cov(*shared, *(torch.stack(tensors) for tensors in stacked))
+    close(summed, factor.new_cov(sources))
+    close(summed, sum(case.moment(source[0]) for source in sources))
+
+
+def test_inverse_against_the_dense_matrix(case):
+    factor = ready(case)
+    factor.make_covariance_update_op(0.0)()
+    factor.register_inverse(0.3)
+    factor.instantiate_inv_variables()
+    refresh_inverses([factor])
+    assert factor.is_refreshed
+    C = factor.get_cov()
+    close(factor.cov_trace(), C.diagonal(dim1=-2, dim2=-1).sum(-1))
+    n = factor.cov_dim
+    assert C.shape[-1] == n
+    if C.dim() == 3:
+        close(factor.get_inverse(0.3), torch.linalg.inv(C + 0.3 * torch.eye(n)))
+        return
+    shape = factor.get_cov_var().shape
+    elementwise = isinstance(factor, ff.DiagonalFactor) and len(shape) == 2
+    x = torch.randn(*shape) if elementwise else torch.randn(n, 3)
+    flat = x.flatten() if elementwise else x
+    damped = C + 0.3 * torch.eye(n)
+    for exp, expected in ((-1, torch.linalg.solve(damped, flat)), (1, damped @ flat)):
+        product = factor.left_multiply_matpower(x, exp, 0.3)
+        close(product, expected.view(x.shape))
+        if not elementwise:
+            close(factor.right_multiply_matpower(x.mT, exp, 0.3), expected.mT)
+
+
+def test_state_round_trip(case, tmp_path):
+    entries = [[case.draw(4)]]
+    a, b = ready(case, entries), ready(case, entries)
+    for factor in (a, b):
+        factor.register_inverse(0.3)
+        factor.instantiate_inv_variables()
+    a.accumulate(a.new_cov(entries), 0.9)
+    refresh_inverses([a])
+    torch.save(a.state_dict(), tmp_path / "factor.pt")
+    b.load_state_dict(torch.load(tmp_path / "factor.pt", weights_only=True))
+    assert torch.equal(a.get_inverse(0.3), b.get_inverse(0.3))
+    cov = a.new_cov([[case.draw(4)]])
+    for factor in (a, b):
+        factor.accumulate(cov, 0.9)
+    assert torch.equal(a.get_cov(), b.get_cov())
+    assert a.num_updates == b.num_updates == 2
+
+
+def test_to_moves_the_state(case):
+    factor = ready(case)
+    factor.register_inverse(0.3)
+    factor.instantiate_inv_variables()
+    assert factor.to("meta") is factor
+    assert factor.get_cov_var().device.type == "meta"
+
+
+def test_a_bad_batch_is_left_out(case):
+    entry = case.draw(4)
+    parts = parts_of(entry)
+    if not parts[-1].is_floating_point():
+        pytest.skip("integers are never NaN; ids out of range have a test of their own")
+    factor = ready(case, [[entry]])
+    op = factor.make_covariance_update_op(0.9)
+    good = op().clone()
+    parts[-1].view(-1)[0] = torch.nan
+    with pytest.warns(RuntimeWarning, match="layer: the batch has NaN or Inf"):
+        op()
+    assert torch.equal(factor.get_cov_var(), good)
+    assert (factor.num_updates, factor.num_rejected_updates) == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_accumulates_in_float32(case, dtype):
+    entry = case.draw(4)
+    if not parts_of(entry)[-1].is_floating_point():
+        pytest.skip("ids have no precision")
+    half = tuple(part.to(dtype) for part in parts_of(entry))
+    half = half if isinstance(entry, tuple) else half[0]
+    exact = tuple(part.double() for part in parts_of(half))
+    exact = exact if isinstance(entry, tuple) else exact[0]
+    factor = case.make([[half]])
+    cov = factor.new_cov([[half]])
+    assert cov.dtype == torch.float32
+    torch.testing.assert_close(cov.double(), case.moment(exact), rtol=1e-5, atol=1e-5)
+
+
+def test_several_pieces_give_what_one_gives(monkeypatch):
+    """With buffers for single examples and single rows of locations."""
+    import kfac_torch.fisher_factors.conv_geometry as geometry
+    from kfac_torch.fisher_factors import conv_diagonal, diagonal
+
+    monkeypatch.setattr(geometry, "_PATCH_BYTES", 1)
+    monkeypatch.setattr(diagonal, "GRADIENT_BYTES", 1)
+    monkeypatch.setattr(conv_diagonal, "GRADIENT_BYTES", 1)
+    for name in (
+        "conv diagonal 2d, groups",
+        "conv diagonal 3d",
+        "fully connected diagonal, tokens",
+        "multi-use conv input",
+    ):
+        entry = CASES[name].draw(5)
+        close(CASES[name].make([[entry]]).new_cov([[entry]]), CASES[name].moment(entry))
+
+
+WRONG = {  # an entry that does not fit, and what is said
+    "fully connected": (torch.zeros(2, 2, 4), r"expected rows of 3 features.*\(2, 2, 4\)"),
+    "conv diagonal 2d": (
+        (torch.zeros(2, 5, 6, 2), torch.zeros(2, 3, 3, 3)),
+        r"outputs_grads: expected shape .* got \(2, 3, 3, 3\)",
+    ),
+    "fully connected diagonal": (
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        r"inputs \[N, \.\.\., 3\] and outputs_grads \[N, \.\.\., 2\] with equal leading",
+    ),
+    "diagonal side": (torch.zeros(2, 3), r"expected rows of 4 features"),
+    "diagonal side of ids": (torch.tensor([4]), r"ids in \[0, 4\), got ids from 4 to 4"),
+    "embedding": (torch.tensor([-1, 2]), r"ids in \[0, 5\), got ids from -1 to 2"),
+    "full": (
+        (torch.zeros(2, 3), torch.zeros(3)),
+        r"gradients of shapes .*got \[\(2, 3\), ",
+    ),
+    "naive diagonal": ((torch.zeros(2, 3),), r"gradients of shapes .*got \[\(2, 3\)\]"),
+    "multi-use, folded": (torch.zeros(7, 2), r"a multiple of 3, got shape \(7, 2\)"),
+    "multi-use, list": (tuple(torch.zeros(2, 4, 2)), r"or a list of 3, got 2 tensors"),
+    "multi-use conv input": (
+        torch.zeros(6, 5, 6, 3),
+        r"inputs: expected 2 channels.*got 3",
+    ),
+    "multi-use conv output": (torch.zeros(6, 3, 3, 3), r"with 2 channels in the last"),
+    "multi-use diagonal": (tuple(torch.zeros(2, 4, 2)), r"expected 3 uses.*\(4, 2\)"),
+    "scale and shift": (
+        (torch.zeros(2, 2, 3), torch.zeros(2, 2, 4)),
+        r"inputs and outputs_grads of one shape \(N, 2, 3\)",
+    ),
+    "uncorrelated locations": (torch.zeros(2, 3, 4, 2), r"inputs: expected 3 channels"),
+    "conv input, mask": (torch.zeros(2, 2, 6), r"inputs: expected 2 channels.*got 6"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_data_of_another_shape(name):
+    entry, message = WRONG[name]
+    factor = ready(CASES[name])
+    with pytest.raises(ValueError, match="layer.*" + message):
+        factor.new_cov([[entry]])
+    several = [CASES[name].draw(4), entry]
+    with pytest.raises(ValueError, match="layer"):
+        factor.new_cov([several])
