@@ -20,7 +20,7 @@ from .fisher_factors import FactorOptions
 BlockFactory: TypeAlias = Callable[..., fb.FisherBlock]
 
 
-def _sides(kind: BlockFactory, **sides: bool) -> BlockFactory:
+def _sides(kind: BlockFactory, **sides: bool | int) -> BlockFactory:
     return lambda *args, **kwargs: kind(*args, **sides, **kwargs)
 
 

@@ -296,10 +296,11 @@ def _grad(
     inputs: Sequence[Tensor | GradientEdge],
     batched: bool = False,
 ) -> list[Tensor | None]:
+    mixed: Any = list(inputs)  # tensors and edges together, which the stubs do not know
     return list(
         torch.autograd.grad(
             list(outputs),
-            list(inputs),
+            mixed,
             list(sources),
             retain_graph=True,
             allow_unused=True,

@@ -272,7 +272,8 @@ class FisherEstimator:
 
     def _add_moments(self, new: dict[str, list[Moment]]) -> None:
         for name, moments in new.items():
-            pending = self._pending.setdefault(name, [None] * len(moments))
+            nothing: list[Moment | None] = [None] * len(moments)
+            pending = self._pending.setdefault(name, nothing)
             for index, moment in enumerate(moments):
                 current = pending[index]
                 if current is None:

@@ -119,8 +119,12 @@ class BatchMoments:
                 block.num_rows(self._inputs(used), self._num_terms) / rows for used in sums
             ]
             grad_covs = [
-                sum(cov if share == 1 else cov * share for cov, share in zip(c, shares))
-                for c in zip(*sums.values(), strict=True)
+                torch.stack(
+                    [cov * share for cov, share in zip(each, shares, strict=True)]
+                ).sum(0)
+                if len(shares) > 1
+                else each[0]
+                for each in zip(*sums.values(), strict=True)
             ]
             covs = [*block.input_moments(inputs), *grad_covs]
             uses = block.num_uses(inputs)

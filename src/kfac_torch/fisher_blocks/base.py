@@ -273,7 +273,7 @@ class SingleFactorFB(FisherBlock):
 
     def _factor_damping(self) -> PackagedFunc:
         def damping() -> Tensor | float:
-            value = evaluate_damping(self._damping, self.name)
+            value = float(evaluate_damping(self._damping, self.name))
             return normalize_damping(value, self.num_locations)
 
         return PackagedFunc(damping, self.name)
@@ -408,8 +408,9 @@ def check_modules(
 def layer_params(module: Any) -> list[nn.Parameter]:
     """Return the weight, and the bias if there is one and it is trained."""
     bias = getattr(module, "bias", None)
-    trained = isinstance(bias, nn.Parameter) and bias.requires_grad
-    return [module.weight, bias] if trained else [module.weight]
+    if isinstance(bias, nn.Parameter) and bias.requires_grad:
+        return [module.weight, bias]
+    return [module.weight]
 
 
 def layer_to_vector(tensors: Sequence[Tensor], groups: int = 1) -> Tensor:

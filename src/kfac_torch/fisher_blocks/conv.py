@@ -172,7 +172,8 @@ class ConvDiagonalFB(LayerFactorFB):
 def _check_depthwise(conv: Any, name: str) -> None:
     if conv.groups != conv.in_channels:
         raise ValueError(
-            f"layer {name}: expected a depthwise convolution, groups=in_channels, got {conv}"
+            f"layer {name}: expected a depthwise convolution (groups=in_channels), "
+            f"got {conv}"
         )
 
 

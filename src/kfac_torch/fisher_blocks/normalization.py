@@ -51,7 +51,7 @@ class _ScaleAndShiftFB(LayerFactorFB):
         return (factor,)
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        """Bring `[N, ...]` to `[N, L, *scale.shape]`: what is summed in the second place."""
+        """Bring `[N, ...]` to `[N, L, *scale.shape]`; `L` is summed over."""
         shape = self.params[0].shape
         if not isinstance(self.module, nn.LayerNorm | nn.RMSNorm):
             tensor = tensor.movedim(1, -1)  # channels
