@@ -20,7 +20,7 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +42,8 @@ _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 
 
 
 class KFAC(torch.optim.Optimizer):
-    """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers and
-    convolutions of a model, momentum for its other parameters.
+    """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
+    and embeddings of a model, momentum for its other parameters.
 
     On a step where statistics are due, a hook on the model's forward draws targets from
     the model's own output and takes gradients to the layer outputs: the true Fisher,
@@ -58,12 +58,14 @@ class KFAC(torch.optim.Optimizer):
     Args:
         model: the root module; the loss must be a function of what its forward returns.
         loss: `"categorical"`, `"normal"` (`½‖t − y‖²`), `"bernoulli"`, the torch
-            criterion in use, or a `NegativeLogProbLoss` class or factory. It says how
+            criterion in use, or a `LossFunction` class or factory. It says how
             the Fisher is taken; the gradient is whatever the user's backward brings,
             divided by the number of loss terms if the criterion sums over them. At the
             first step that gradient is compared with the declared loss, and a UserWarning
             gives the factor by which it differs; of `"normal"` the factor shows only
-            where a closure returns the loss.
+            where a closure returns the loss. None where `layer_collection` has losses.
+        layer_collection: the layers and their approximations, and maybe the losses;
+            every linear layer, convolution and embedding if None.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
             group option. With the quadratic model a factor on the step that it finds;
             None is 1 (for a scheduler, say 1.0).
@@ -83,7 +85,8 @@ class KFAC(torch.optim.Optimizer):
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
-            `"empirical"`, or `"exact"` (one pass per output coordinate).
+            `"curvature_prop"` (the same by random signs), `"exact"` (all output
+            coordinates in one vectorised pass) or `"empirical"`.
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses; the first three steps
@@ -146,17 +149,10 @@ class KFAC(torch.optim.Optimizer):
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = _complete(layer_collection, model, loss, output)
-        # Frozen ones too: they are left alone while they have no gradient.
         self._names: dict[Tensor, str] = {
             param: name for name, param in model.named_parameters()
         }
-        owned = set(layers.registered_variables)
-        groups: list[dict[str, Any]] = [{"params": [p for p in self._names if p in owned]}]
-        others = [p for p in self._names if p not in owned]
-        if others:
-            own = MOMENTUM if momentum is None else momentum
-            groups.append({"params": others, "momentum": own})
-        super().__init__(groups, defaults)
+        super().__init__(_param_groups(self._names, layers, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
         self._model = model
@@ -430,6 +426,22 @@ class KFAC(torch.optim.Optimizer):
         self.skipped_steps = own["skipped_steps"]
         self.estimator.collecting = own["collecting"]
         self._inverses_due = own["inverses_due"]
+
+
+def _param_groups(
+    params: Iterable[Tensor], layers: LayerCollection, momentum: float | None
+) -> list[dict[str, Any]]:
+    """Return a group of what has a block, and maybe a second one of what has none.
+
+    Frozen parameters too: they are left alone while they have no gradient.
+    """
+    owned = set(layers.registered_variables)
+    groups: list[dict[str, Any]] = [{"params": [p for p in params if p in owned]}]
+    others = [p for p in params if p not in owned]
+    if others:
+        own = MOMENTUM if momentum is None else momentum
+        groups.append({"params": others, "momentum": own})
+    return groups
 
 
 def _complete(
