@@ -196,7 +196,6 @@ def _factor_products(
     direction: Mapping[str, Tensor],
 ) -> list[tuple[Tensor, int]]:
     """`√coeff Bᵀ J d` and the number of loss terms, for each loss."""
-    result = []
     with forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype))
@@ -212,13 +211,16 @@ def _factor_products(
                 f"of its operations does not have: {error}. Expected one that has: use "
                 'another, or momentum_type="regular"'
             ) from error
-        for loss, coeff in losses(output):
-            z, tangent = forward_ad.unpack_dual(loss.inputs)
-            if tangent is None:  # this output depends on none of the parameters
-                tangent = torch.zeros_like(z)
-            product = loss.multiply_fisher_factor_transpose(tangent)
-            column = forward_ad.unpack_dual(product).primal
-            result.append((coeff**0.5 * column, loss.num_terms))
+        found = [
+            (loss, coeff, forward_ad.unpack_dual(loss.inputs).tangent)
+            for loss, coeff in losses(output)
+        ]
+    result = []
+    for loss, coeff, tangent in found:  # here the losses have no tangents any more
+        if tangent is None:  # this output depends on none of the parameters
+            tangent = torch.zeros_like(loss.inputs)
+        column = loss.multiply_fisher_factor_transpose(tangent)
+        result.append((column if coeff == 1 else coeff**0.5 * column, loss.num_terms))
     return result
 
 
