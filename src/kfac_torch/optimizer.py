@@ -294,9 +294,9 @@ class KFAC(torch.optim.Optimizer):
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        self._announce_others(params)
         due = rule is not None and (self._num_steps + 1) % rule.interval == 0
         step = self._updates.propose(params, grads, with_prediction=due)
+        self._announce_others(params)
         if not step.finite:
             return ["the gradient"]
         torch._foreach_add_(step.params, step.deltas)
