@@ -20,7 +20,7 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -143,28 +143,14 @@ class KFAC(torch.optim.Optimizer):
         check_count("cov_update_every", cov_update_every, 1)
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
-        layers = LayerCollection()
-        layers.auto_register_layers(model)
-        if not layers.blocks:
-            raise ValueError(
-                f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-                "nn.Linear or an nn.Conv1d/2d/3d (groups=1) with a trained weight that no "
-                "other module shares"
-            )
+        layers = _registered(model)
         # Frozen ones too: they are left alone while they have no gradient.
-        self._names: dict[Tensor, str] = {
-            param: name for name, param in model.named_parameters()
-        }
-        owned = set(layers.registered_parameters())
-        groups: list[dict[str, Any]] = [{"params": [p for p in self._names if p in owned]}]
-        others = [p for p in self._names if p not in owned]
-        if others:
-            own = MOMENTUM if momentum is None else momentum
-            groups.append({"params": others, "momentum": own})
-        super().__init__(groups, defaults)
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        super().__init__(_param_groups(names, layers, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
         self._model = model
+        self._names = names
         self._damping = damping
         self._momentum_type = momentum_type
         self._cov_ema_decay = cov_ema_decay
@@ -188,7 +174,6 @@ class KFAC(torch.optim.Optimizer):
         self._updates = UpdateRule(
             self, model, self.estimator, self._names, momentum_type, damping
         )
-        self.estimator.capture.keep_forwards = self._updates.modelled
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -437,3 +422,28 @@ class KFAC(torch.optim.Optimizer):
         self.skipped_steps = own["skipped_steps"]
         self.estimator.collecting = own["collecting"]
         self._inverses_due = own["inverses_due"]
+
+
+def _registered(model: nn.Module) -> LayerCollection:
+    layers = LayerCollection()
+    layers.auto_register_layers(model)
+    if not layers.blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that K-FAC supports: expected an "
+            "nn.Linear or an nn.Conv1d/2d/3d (groups=1) with a trained weight that no "
+            "other module shares"
+        )
+    return layers
+
+
+def _param_groups(
+    params: Collection[Tensor], layers: LayerCollection, momentum: float | None
+) -> list[dict[str, Any]]:
+    """Those with a block, and those without, if there are any."""
+    owned = set(layers.registered_parameters())
+    others = [p for p in params if p not in owned]
+    groups: list[dict[str, Any]] = [{"params": [p for p in params if p in owned]}]
+    if others:
+        own = MOMENTUM if momentum is None else momentum
+        groups.append({"params": others, "momentum": own})
+    return groups

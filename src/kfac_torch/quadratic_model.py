@@ -16,7 +16,6 @@ which directions (the optimizer's business), and how `λ` follows (`damping.py`)
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,7 +203,7 @@ def _factor_products(
         try:
             output = forward(duals)
         except (NotImplementedError, RuntimeError) as error:
-            if "forward AD" not in str(error):
+            if not any(sign in str(error) for sign in ("forward AD", "forward mode AD")):
                 raise
             raise RuntimeError(
                 "the quadratic model differentiates the network in forward mode, which one "
@@ -232,11 +231,12 @@ def rerun(
     Buffers, the running statistics of a batch norm, are copies that are thrown away.
     """
 
+    # Those that are left out are the model's own, out of reach of the user's graph.
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
     def forward(params: Mapping[str, Tensor]) -> Any:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        # Those that are left out are the model's own, out of reach of the user's graph.
-        own = {n: p.detach() for n, p in model.named_parameters() if n not in params}
-        state = dict(itertools.chain(own.items(), buffers.items(), params.items()))
-        return functional_call(model, state, args, dict(kwargs))
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(model, {**own, **copies, **params}, args, dict(kwargs))
 
     return forward
