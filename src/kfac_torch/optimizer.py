@@ -149,13 +149,12 @@ class KFAC(torch.optim.Optimizer):
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = _complete(layer_collection, model, loss, output)
-        self._names: dict[Tensor, str] = {
-            param: name for name, param in model.named_parameters()
-        }
-        super().__init__(_param_groups(self._names, layers, momentum), defaults)
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        super().__init__(_param_groups(names, layers, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
         self._model = model
+        self._names = names
         self._damping = damping
         self._momentum_type = momentum_type
         self._cov_ema_decay = cov_ema_decay
@@ -177,7 +176,6 @@ class KFAC(torch.optim.Optimizer):
         self._updates = UpdateRule(
             self, model, self.estimator, self._names, momentum_type, damping
         )
-        self.estimator.capture.keep_forwards = self._updates.modelled
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -283,9 +281,9 @@ class KFAC(torch.optim.Optimizer):
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        self._announce_others(params)
         due = rule is not None and (self._num_steps + 1) % rule.interval == 0
         step = self._updates.propose(params, grads, with_prediction=due)
+        self._announce_others(params)
         if not step.finite:
             return ["the gradient"]
         torch._foreach_add_(step.params, step.deltas)
