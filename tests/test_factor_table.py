@@ -595,7 +595,7 @@ WRONG = {  # an entry that does not fit, and what is said
     "multi-use diagonal": (tuple(torch.zeros(2, 4, 2)), r"expected 3 uses.*\(4, 2\)"),
     "scale and shift": (
         (torch.zeros(2, 2, 3), torch.zeros(2, 2, 4)),
-        r"inputs and outputs_grads of one shape \(N, 2, 3\)",
+        r"inputs and outputs_grads of one shape \(N, any, 3\)",
     ),
     "uncorrelated locations": (torch.zeros(2, 3, 4, 2), r"inputs: expected 3 channels"),
     "conv input, mask": (torch.zeros(2, 2, 6), r"inputs: expected 2 channels.*got 6"),
@@ -611,3 +611,12 @@ def test_data_of_another_shape(name):
     several = [CASES[name].draw(4), entry]
     with pytest.raises(ValueError, match="layer"):
         factor.new_cov([several])
+
+
+def test_a_dimension_that_scale_and_shift_are_broadcast_over_may_have_any_size():
+    factor = CASES["scale and shift"].make([[(torch.randn(4, 2, 3), torch.randn(4, 2, 3))]])
+    other = torch.randn(5, 7, 3), torch.randn(5, 7, 3)
+    close(factor.new_cov([[other]]), CASES["scale and shift"].moment(other))
+    own = CASES["scale and shift, own dims"]  # here the scale has that dimension
+    with pytest.raises(ValueError, match=r"of one shape \(N, 2, 3\), got"):
+        ready(own).new_cov([[other]])
