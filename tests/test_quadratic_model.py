@@ -255,8 +255,7 @@ def test_three_steps_against_dense_matrices(momentum_type):
 def preconditioned(optimizer, model):
     result = {}
     for block in optimizer.estimator.blocks.values():
-        V = block.params_to_matrix([p.grad for p in block.params])
-        parts = block.matrix_to_params(block.multiply_inverse(V.mT).mT)
+        parts = block.multiply_tensors([p.grad for p in block.params], -1)
         result.update(zip(block.params, parts, strict=True))
     return torch.cat([result[p].flatten() for p in model.parameters()])
 
