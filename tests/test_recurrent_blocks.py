@@ -89,7 +89,7 @@ def split_of(A0, G0, damping, T):
 @pytest.mark.parametrize("damping", [0.0, 0.7])
 @pytest.mark.parametrize("T", [1, 2, 5])
 def test_option_1_is_the_inverse_of_a_chain_that_is_the_same_in_both_directions(T, damping):
-    """`F = Σ_{s,t<=T} A_{|s-t|} ⊗ G_{|s-t|}` over all pairs of uses, A1 and G1 symmetric."""
+    """`F = Σ_{s,t<=T} A_{|s-t|} ⊗ G_{|s-t|}` over all pairs of uses; A1, G1 symmetric."""
     A0, _, Psi_A = stationary(3, 0.0, symmetric=True)
     G0, _, Psi_G = stationary(2, 0.0, symmetric=True)
     split = split_of(A0, G0, damping, T)
