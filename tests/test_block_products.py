@@ -373,7 +373,7 @@ def test_use_before_the_factors_are_made(name):
 )
 def test_a_layer_without_a_trained_weight(module):
     with pytest.raises(
-        ValueError, match="layer norm: expected a layer with a trained.*none"
+        ValueError, match=r"layer norm: expected a layer with a trained.*none"
     ):
         fb.ScaleAndShiftFullFB(module, "norm")
 

@@ -6,7 +6,8 @@ gradients at the outputs and `R` the ids. Sparse gradients stay sparse.
 
 A `padding_idx` has no gradient: it is not counted, and its rows of `G` are zero. Of `r`
 other ids `A = diag(counts)/r`, while `G` is still divided by all `R`, so that `T · A ⊗ G`
-is as if the padding were not there.
+is as if the padding were not there (of several micro-batches up to how their shares of
+padding differ).
 """
 
 from __future__ import annotations
