@@ -155,7 +155,9 @@ def test_a_layer_of_another_kind(method, name, approx):
         approx = None
     model = Zoo()
     layers = LayerCollection(model)
-    with pytest.raises(TypeError, match="layer transposed: expected .* got ConvTranspose2d"):
+    with pytest.raises(
+        TypeError, match=r"layer transposed: expected .* got ConvTranspose2d"
+    ):
         getattr(layers, method)(model.transposed, approx)
     assert not layers.blocks
 
@@ -171,7 +173,7 @@ def test_a_separable_convolution_is_registered_whole_or_not_at_all():
     model = Zoo()
     layers = LayerCollection(model)
     layers.register_conv2d(model.pointwise)
-    with pytest.raises(ValueError, match="layer pointwise: .*not registered yet"):
+    with pytest.raises(ValueError, match=r"layer pointwise: .*not registered yet"):
         layers.register_separable_conv2d(model.depthwise, model.pointwise)
     assert list(layers.blocks) == ["pointwise"]
     layers = LayerCollection(model)
@@ -252,7 +254,9 @@ def test_modules_and_parameters_of_another_model():
     layers = LayerCollection(nn.Linear(2, 3))
     with pytest.raises(ValueError, match="expected a module of Linear, the model of this"):
         layers.register_fully_connected(nn.Linear(2, 3))
-    with pytest.raises(ValueError, match="expected parameters of Linear, the model of this"):
+    with pytest.raises(
+        ValueError, match="expected parameters of Linear, the model of this"
+    ):
         layers.register_generic(nn.Parameter(torch.ones(1)))
     with pytest.raises(ValueError, match="expected a module of Linear"):
         layers.auto_register_layers(nn.Sequential(nn.Linear(2, 3)))
@@ -279,7 +283,7 @@ def test_a_block_of_ones_own():
     layers = LayerCollection(model)
     layers.register_block(fb.FullFB([model.scale], "own"), num_uses=2)
     assert layers.get_blocks() == [layers.blocks["own"]]
-    with pytest.raises(ValueError, match="layer own: .*not registered yet"):
+    with pytest.raises(ValueError, match=r"layer own: .*not registered yet"):
         layers.register_block(fb.FullFB([model.offset], "own"))
 
 
@@ -364,7 +368,9 @@ def test_layers_that_share_a_part_are_left_alone():
     layers = LayerCollection(model)
     layers.auto_register_layers()
     assert list(layers.blocks) == ["2"]
-    with pytest.raises(ValueError, match="expected modules that share all their parameters"):
+    with pytest.raises(
+        ValueError, match="expected modules that share all their parameters"
+    ):
         layers.register_fully_connected_multi([model[0], model[1]])
     tied = nn.ModuleDict({"in": nn.Embedding(5, 2), "out": nn.Linear(2, 5, bias=False)})
     tied["out"].weight = tied["in"].weight
@@ -412,7 +418,7 @@ def test_an_unknown_kind():
         lambda: layers.default_approximation("dense"),
         lambda: layers.set_default_approximation("dense", "kron"),
     ):
-        with pytest.raises(ValueError, match="kind: expected one of .*'dense'"):
+        with pytest.raises(ValueError, match=r"kind: expected one of .*'dense'"):
             attempt()
 
 
@@ -468,7 +474,7 @@ def test_linked_parameters_that_overlap():
     ):
         with pytest.raises(ValueError, match=message):
             layers.define_linked_parameters(params)
-    with pytest.raises(ValueError, match="approximation: expected one of .*'tri'"):
+    with pytest.raises(ValueError, match=r"approximation: expected one of .*'tri'"):
         layers.define_linked_parameters(model.linear.weight, "tri")
     assert layers.linked_parameters == {frozenset({"scale", "offset"}): None}
 
@@ -491,7 +497,9 @@ def test_factors_are_shared_by_class_and_arguments():
     assert len({id(factor) for factor in [first, *others]}) == 4
     other = LayerCollection(nn.Linear(2, 2))
     assert other.make_or_get_factor(ConvInputKroneckerFactor, args) is not first
-    with pytest.raises(TypeError, match="arguments of ConvInputKroneckerFactor that can be"):
+    with pytest.raises(
+        TypeError, match="arguments of ConvInputKroneckerFactor that can be"
+    ):
         layers.make_or_get_factor(ConvInputKroneckerFactor, ([x], *args[1:]))
 
 
@@ -581,9 +589,12 @@ def test_all_that_is_wrong_is_in_one_message():
         "parameter second.bias is registered, but not among the variables",
         "parameter second.weight is registered with 1 use(s), but used 2 time(s) by the "
         "outputs",
-        "parameter second.bias is registered with 1 use(s), but used 2 time(s) by the outputs",
+        "parameter second.bias is registered with 1 use(s), but used 2 time(s) by the "
+        "outputs",
     ]
-    with pytest.raises(ValueError, match=r"variables: .*scale has no block.*second\.bias is"):
+    with pytest.raises(
+        ValueError, match=r"variables: .*scale has no block.*second\.bias is"
+    ):
         layers.check_variables(variables)
 
 

@@ -10,26 +10,26 @@ from torch.nn import functional
 
 from kfac_torch.loss_collection import LossCollection, find_output
 from kfac_torch.loss_functions import (
-    CategoricalLogitsNegativeLogProbLoss,
-    MultiBernoulliNegativeLogProbLoss,
-    NormalMeanNegativeLogProbLoss,
-    NormalMeanVarianceNegativeLogProbLoss,
+    CategoricalLogitsNegativeLogProbLoss as Categorical,
+    MultiBernoulliNegativeLogProbLoss as MultiBernoulli,
+    NormalMeanNegativeLogProbLoss as NormalMean,
+    NormalMeanVarianceNegativeLogProbLoss as NormalMeanVariance,
     Objective,
-    OnehotCategoricalLogitsNegativeLogProbLoss,
+    OnehotCategoricalLogitsNegativeLogProbLoss as OnehotCategorical,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 LOG_2PI = math.log(2 * math.pi)
 REGISTER = {
-    "categorical_predictive_distribution": CategoricalLogitsNegativeLogProbLoss,
-    "onehot_categorical_predictive_distribution": OnehotCategoricalLogitsNegativeLogProbLoss,
-    "softmax_cross_entropy_loss": CategoricalLogitsNegativeLogProbLoss,
-    "normal_predictive_distribution": NormalMeanNegativeLogProbLoss,
-    "squared_error_loss": NormalMeanNegativeLogProbLoss,
-    "normal_mean_variance_predictive_distribution": NormalMeanVarianceNegativeLogProbLoss,
-    "multi_bernoulli_predictive_distribution": MultiBernoulliNegativeLogProbLoss,
-    "sigmoid_cross_entropy_loss": MultiBernoulliNegativeLogProbLoss,
+    "categorical_predictive_distribution": Categorical,
+    "onehot_categorical_predictive_distribution": OnehotCategorical,
+    "softmax_cross_entropy_loss": Categorical,
+    "normal_predictive_distribution": NormalMean,
+    "squared_error_loss": NormalMean,
+    "normal_mean_variance_predictive_distribution": NormalMeanVariance,
+    "multi_bernoulli_predictive_distribution": MultiBernoulli,
+    "sigmoid_cross_entropy_loss": MultiBernoulli,
 }
 
 
@@ -77,10 +77,10 @@ VALUES = {
     "normal_mean_variance_predictive_distribution": (
         torch.ones(2, 2),
         lambda z, y: (
-            (y - z[:, :2]).square() / (2 * z[:, 2:]) + (z[:, 2:].log() + LOG_2PI) / 2
-        )
-        .sum(1)
-        .mean(),
+            ((y - z[:, :2]).square() / (2 * z[:, 2:]) + (z[:, 2:].log() + LOG_2PI) / 2)
+            .sum(1)
+            .mean()
+        ),
     ),
     "multi_bernoulli_predictive_distribution": (
         torch.eye(4)[:2],
@@ -113,9 +113,9 @@ def test_every_registration(method):
 @pytest.mark.parametrize(
     ("loss", "kind"),
     [
-        ("categorical", CategoricalLogitsNegativeLogProbLoss),
-        ("bernoulli", MultiBernoulliNegativeLogProbLoss),
-        (nn.MSELoss(), NormalMeanNegativeLogProbLoss),
+        ("categorical", Categorical),
+        ("bernoulli", MultiBernoulli),
+        (nn.MSELoss(), NormalMean),
         (Poisson, Poisson),
         (lambda z: PseudoHuber(z, torch.zeros_like(z)), PseudoHuber),
         (Objective(Poisson, scale=3.0), Poisson),
@@ -221,7 +221,9 @@ def test_the_second_moment_of_a_sampled_gradient_is_the_weighted_fisher(coeff):
 def test_a_loss_without_a_distribution_has_no_samples():
     losses = LossCollection()
     losses.register_loss_function(lambda z: PseudoHuber(z, z * 0), name="robust")
-    with pytest.raises(TypeError, match="loss robust: expected a NegativeLogProbLoss, .*Huber"):
+    with pytest.raises(
+        TypeError, match=r"loss robust: expected a NegativeLogProbLoss, .*Huber"
+    ):
         losses.eval_losses_on_samples(torch.ones(2, 3))
 
 
@@ -233,7 +235,9 @@ def test_names():
     losses.register_squared_error_loss("box", name="again")
     names = [entry.name for entry in losses.registered_losses]
     assert names == ["loss", "loss_1", "box", "again"]
-    with pytest.raises(ValueError, match=r"loss box: expected a name .*'again'\]; pass name="):
+    with pytest.raises(
+        ValueError, match=r"loss box: expected a name .*'again'\]; pass name="
+    ):
         losses.register_squared_error_loss("box")
     assert len(losses.registered_losses) == 4
 
@@ -265,7 +269,11 @@ def test_targets_that_do_not_fit():
     losses.register_squared_error_loss("a")
     losses.register_squared_error_loss("b")
     z = {"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}
-    for targets, got in ((z["a"], "got 1"), ([z["a"]] * 3, "got 3"), ({"a": z["a"]}, "'a'")):
+    for targets, got in (
+        (z["a"], "got 1"),
+        ([z["a"]] * 3, "got 3"),
+        ({"a": z["a"]}, "'a'"),
+    ):
         with pytest.raises(ValueError, match=rf"targets: expected .*\['a', 'b'\].*{got}"):
             losses.eval_losses(z, targets)
 
