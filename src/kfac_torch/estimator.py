@@ -179,7 +179,7 @@ class FisherEstimator(BlockProducts):
 
     def _on_forward(self, output: Any, calls: list[LayerCall]) -> None:
         watched = not self.loss_checked or self.sums_gradients
-        recording = self._capture.recorded and bool(calls or self._generic_params())
+        recording = self._capture.recorded and (bool(calls) or self._has_generic_params())
         if not recording and not watched:
             return
         outputs = [z for _, z in self.layers.network_outputs(output)]
@@ -268,6 +268,13 @@ class FisherEstimator(BlockProducts):
             if block.needs_param_grads
             for param in block.params
         ]
+
+    def _has_generic_params(self) -> bool:
+        """Whether the model has any that are its own, not those of `functional_call`."""
+        generic = {id(param) for param in self._generic_params()}
+        return bool(generic) and any(
+            id(p) in generic for p in self.layers.model.parameters()
+        )
 
     def _add_moments(self, new: dict[str, list[Moment]]) -> None:
         for name, moments in new.items():
@@ -450,6 +457,7 @@ class FisherEstimator(BlockProducts):
 
     def _update_covariance(self, block: FisherBlock, index: int) -> None:
         self._add_empirical()
+        self._arrived = []  # they hold outputs, and are of no further use
         moments = self._pending.get(block.name)
         moment = moments[index] if moments else None
         if moments is None or moment is None:

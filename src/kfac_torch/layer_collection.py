@@ -496,7 +496,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
                 f"{self.describe(param)} is registered with {expected} use(s), but used "
                 f"{counts[param]} time(s) by the outputs"
                 for param in block.params
-                if counts[param] != expected
+                if param.requires_grad and counts[param] != expected
             ]
         if problems:
             problems.append(

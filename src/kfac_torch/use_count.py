@@ -1,19 +1,23 @@
 """How often each parameter is used in the graph of some outputs.
 
 A parameter is a leaf of autograd's graph: every operation that reads it holds one edge
-to the node that accumulates its gradient. A cast, which autocast makes once for all uses,
-is not a use but has some. Left out: which uses a module's calls made.
+to the node that accumulates its gradient. A transpose or a cast is not a use but has
+some: autocast makes one cast for all, and a derivative in the graph reads the transpose
+that the layer has made. Left out: which uses a module's calls made.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-_CAST = "ToCopyBackward0"
+_SAME_NUMBERS = frozenset(
+    f"{name}Backward0"
+    for name in ("T", "Transpose", "Permute", "View", "Alias", "UnsafeView", "ToCopy")
+)
 
 
 def count_uses(outputs: Sequence[Tensor]) -> Counter[Tensor]:
@@ -27,8 +31,7 @@ def count_uses(outputs: Sequence[Tensor]) -> Counter[Tensor]:
     >>> count_uses([(w * w).sum()])[w]
     2
     """
-    uses: Counter[Tensor] = Counter()
-    ends: set[Any] = set()
+    ends = set()
     for output in outputs:
         if output.grad_fn is None:
             raise ValueError(
@@ -38,21 +41,22 @@ def count_uses(outputs: Sequence[Tensor]) -> Counter[Tensor]:
             )
         ends.add(output.grad_fn)
     todo = list(ends)
-    edges: Counter[Any] = Counter()  # into every node that has been seen
-    leaves = []
+    readers: defaultdict[Any, list[Any]] = defaultdict(list)  # one for each edge
     while todo:
         reader = todo.pop()
         for node, _ in reader.next_functions:
             if node is None:
                 continue
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
-                leaves.append((leaf, reader))
-            else:
-                edges[node] += 1
-                if edges[node] == 1 and node not in ends:
-                    todo.append(node)
-    for leaf, reader in leaves:
-        # Autocast reads a parameter once and hands the copy to all that use it.
-        uses[leaf] += edges[reader] if reader.name() == _CAST else 1
-    return uses
+            if node not in readers and node not in ends:
+                todo.append(node)
+            readers[node].append(reader)
+
+    def uses(node: Any) -> int:
+        found = [
+            uses(reader) if reader.name() in _SAME_NUMBERS else 1
+            for reader in readers.get(node, ())
+        ]
+        return sum(found) + (node in ends)
+
+    leaves = [node for node in readers if hasattr(node, "variable")]
+    return Counter({node.variable: uses(node) for node in leaves})
