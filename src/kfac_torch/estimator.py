@@ -77,9 +77,12 @@ class FisherEstimator(BlockProducts):
             `layer_collection`; None for those.
         cov_ema_decay: `ε` of the factors' moving average, in [0, 1].
         damping: λ, in units of the Fisher of the mean loss; a number or a callable.
-        layer_collection: the blocks and the losses.
+        layer_collection: the blocks and the losses. Of one estimator at a time: a new one
+            gives the blocks new factors.
         exps: the exponents that `multiply_matpower` is to serve (1 always is).
-        estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`.
+        estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
+            weights of several losses enter the empirical statistics squared, as they do
+            the user's gradient.
         seed: of the generator that draws targets; the global one is not touched.
 
     Raises:
