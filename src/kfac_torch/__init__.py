@@ -6,4 +6,5 @@ from . import (
     loss_functions as loss_functions,
     patch_moments as patch_moments,
 )
+from .damping import LevenbergMarquardt as LevenbergMarquardt
 from .optimizer import KFAC as KFAC
