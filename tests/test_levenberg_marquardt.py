@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC
-from kfac_torch.damping import LevenbergMarquardt
+from kfac_torch import KFAC, LevenbergMarquardt
 
 pytestmark = pytest.mark.usefixtures("float64")
 

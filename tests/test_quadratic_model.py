@@ -488,6 +488,7 @@ def test_parameters_without_a_block_need_an_lr_with_the_model():
     ):
         train(model, optimizer, [batch()])
     assert torch.equal(vector(model), before)
+    assert not optimizer.estimator.capture.forwards  # nor of the step that failed
     optimizer.param_groups[1]["lr"] = 0.1
     with pytest.warns(UserWarning, match="plain momentum: scale$"):
         train(model, optimizer, [batch()])
@@ -634,3 +635,26 @@ def test_the_record_of_a_step():
         assert last.predicted_change < 0
         if step == 2:
             break
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10.0, 1.0), (0.5, 0.5360562674)])
+def test_the_norm_limit_of_the_lineage(limit, expected):
+    """Its own numbers: squared Fisher norm 174, learning rate 0.1."""
+    g = [torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[2.0, 3], [4, 5]])]
+    p = [torch.tensor([[3.0, 4], [5, 6]]), torch.tensor([[7.0, 8], [9, 10]])]
+    assert products([g, p])[0, 1] == 174
+    optimizer = make(net(), momentum_type="regular", lr=0.1, norm_constraint=limit)
+    limited = [t.clone() for t in p]
+    optimizer._updates._limit(limited, g, [0.1**2] * 2)
+    for ours, whole in zip(limited, p, strict=True):
+        torch.testing.assert_close(ours, expected * whole, rtol=1e-9, atol=0)
+
+
+def test_state_of_an_older_version_is_refused():
+    optimizer = make(net())
+    state = optimizer.state_dict()
+    state["kfac"]["version"] = 1
+    with pytest.raises(
+        ValueError, match="expected K-FAC state of version 2, got version 1"
+    ):
+        optimizer.load_state_dict(state)

@@ -128,7 +128,7 @@ class FisherEstimator(BlockProducts):
         self.collecting = True
         self.loss_checked = False
         self._mode = estimation_mode
-        self._seed = seed
+        self.seed = seed
         self._generator: torch.Generator | None = None
         # What the check of the loss found, for the empirical mode.
         self._summed = self.sums_gradients
@@ -261,7 +261,7 @@ class FisherEstimator(BlockProducts):
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self._seed)
+            self._generator = torch.Generator(device).manual_seed(self.seed)
         return self._generator
 
     def _generic_params(self) -> list[Tensor]:

@@ -201,33 +201,35 @@ class KFAC(torch.optim.Optimizer):
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
                 inverses are unchanged. A λ that adapts is raised instead.
         """
-        adapts = self._updates.rule is not None
-        trial = Trial(self._model, self.estimator, closure, adapts)
-        value = trial.first()
-        params, grads = self._gradients()
-        self.estimator.check_loss(value)
-        if self.estimator.sums_gradients and self.estimator.num_terms:
-            trial.num_terms = self.estimator.num_terms
-            grads = list(torch._foreach_div(grads, trial.num_terms))
-        burning = self._num_burnt < self._num_burnin_steps
-        collected = self.estimator.collecting and self.estimator.has_statistics()
-        bad = self._update_statistics(collected, grads, burning)
-        if not burning and not bad and params:
-            bad = self._move(params, grads, trial)
-        self.estimator.capture.forwards.clear()
-        if bad:
-            self._skip(", ".join(bad))
-        if burning:
-            self._num_burnt += 1
+        try:
+            adapts = self._updates.rule is not None
+            trial = Trial(self._model, self.estimator, closure, adapts)
+            value = trial.first()
+            params, grads = self._gradients()
+            self.estimator.check_loss(value)
+            if self.estimator.sums_gradients and self.estimator.num_terms:
+                trial.num_terms = self.estimator.num_terms
+                grads = list(torch._foreach_div(grads, trial.num_terms))
+            burning = self._num_burnt < self._num_burnin_steps
+            collected = self.estimator.collecting and self.estimator.has_statistics()
+            bad = self._update_statistics(collected, grads, burning)
+            if not burning and not bad:
+                bad = self._move(params, grads, trial)
+            if bad:
+                self._skip(", ".join(bad))
+            if burning:
+                self._num_burnt += 1
+                return value
+            self._num_steps += 1
+            if collected and not bad:
+                self.estimator.collecting = False  # else it stays due
+            if self._num_steps % self._cov_update_every == 0:
+                self.estimator.collecting = True
+            if self._num_steps % self._invert_every == 0:
+                self._inverses_due = True
             return value
-        self._num_steps += 1
-        if collected and not bad:
-            self.estimator.collecting = False  # else it stays due
-        if self._num_steps % self._cov_update_every == 0:
-            self.estimator.collecting = True
-        if self._num_steps % self._invert_every == 0:
-            self._inverses_due = True
-        return value
+        finally:
+            self.estimator.capture.forwards.clear()
 
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
@@ -278,6 +280,9 @@ class KFAC(torch.optim.Optimizer):
         group, rule = self.param_groups[0], self._updates.rule
         if callable(self._damping):
             group["damping"] = damping_at(self._damping, self._num_steps)
+        if not params:
+            self._update_inverses()
+            return []
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
