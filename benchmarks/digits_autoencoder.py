@@ -38,7 +38,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC
+from kfac_torch import KFAC, QModel
 from kfac_torch.damping import LevenbergMarquardt
 
 WIDTHS = (64, 100, 50, 25, 10, 25, 50, 100, 64)
@@ -79,7 +79,7 @@ RULE: Mapping[str, Any] = MappingProxyType(
 )
 SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
-        "momentum_type": "qmodel",
+        "momentum_type": QModel(batch_fraction=0.125),
         "estimation_mode": "gradients",
         "cov_ema_decay": 0.8,
         "cov_update_every": 5,
@@ -211,7 +211,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
         },
         "versions": versions,
-        "settings": {**SETTINGS, "damping": dict(RULE)},
+        "settings": {k: str(v) for k, v in {**SETTINGS, "damping": dict(RULE)}.items()},
         "bar": BAR,
         "runs": runs,
     }

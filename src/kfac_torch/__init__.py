@@ -14,6 +14,7 @@ from .damping import LevenbergMarquardt as LevenbergMarquardt
 from .estimator import FisherEstimator as FisherEstimator
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
+from .options import QModel as QModel
 
 __all__ = (
     "KFAC",
@@ -21,6 +22,7 @@ __all__ = (
     "FisherEstimator",
     "LayerCollection",
     "LevenbergMarquardt",
+    "QModel",
     "curvature_products",
     "fisher_blocks",
     "fisher_factors",

@@ -32,7 +32,7 @@ from .estimator import FisherEstimator
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
-from .options import MOMENTUM, Damping, check_count, damping_at, group_options
+from .options import MOMENTUM, Damping, QModel, check_count, damping_at, group_options
 from .trials import Trial
 from .updates import StepRecord, UpdateRule
 
@@ -81,7 +81,8 @@ class KFAC(torch.optim.Optimizer):
             `param_groups[0]["norm_constraint"]`.
         momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
-            momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size).
+            momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
+            or a `QModel`, which has options.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
@@ -129,7 +130,7 @@ class KFAC(torch.optim.Optimizer):
         momentum: float | None = None,
         weight_decay: float = 0.0,
         norm_constraint: float | str | None = "auto",
-        momentum_type: str = "regular",
+        momentum_type: str | QModel = "regular",
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
@@ -137,6 +138,9 @@ class KFAC(torch.optim.Optimizer):
         num_burnin_steps: int = 0,
         output: Output = None,
     ) -> None:
+        stride = momentum_type.stride if isinstance(momentum_type, QModel) else 1
+        if isinstance(momentum_type, QModel):
+            momentum_type = momentum_type.momentum_type
         defaults = group_options(
             momentum_type=momentum_type,
             lr=lr,
@@ -174,7 +178,7 @@ class KFAC(torch.optim.Optimizer):
             estimation_mode=estimation_mode,
         )
         self._updates = UpdateRule(
-            self, model, self.estimator, self._names, momentum_type, damping
+            self, model, self.estimator, self._names, momentum_type, damping, stride
         )
 
     def close(self) -> None:
@@ -277,6 +281,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
         """Move the parameters; return what is not finite, if anything: nothing moves."""
+        self._updates.num_steps = self._num_steps
         group, rule = self.param_groups[0], self._updates.rule
         if callable(self._damping):
             group["damping"] = damping_at(self._damping, self._num_steps)

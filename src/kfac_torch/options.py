@@ -7,6 +7,7 @@ learning rate nor a limit. Left out: anything that is done with them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .damping import LevenbergMarquardt, check_damping
@@ -15,6 +16,47 @@ from .fisher_factors.base import check_choice
 MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
 MOMENTUM = 0.9
 NORM_CONSTRAINT = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class QModel:
+    """The quadratic model as a `momentum_type`, with options.
+
+    Args:
+        fixed_momentum: take `momentum` as it is and find the step size alone, as
+            `"qmodel_fixedmu"`; False finds both, as `"qmodel"`.
+        batch_fraction: of the examples that the products with the Fisher are taken on, in
+            (0, 1]; 1 is exact. Every k-th example, `k = 1/batch_fraction` rounded, of
+            every tensor the model is called with whose first dimension is the batch,
+            from a start that moves on with each step.
+
+    Raises:
+        ValueError: `batch_fraction` out of range.
+
+    >>> QModel(batch_fraction=0.25).stride
+    4
+    """
+
+    fixed_momentum: bool = False
+    batch_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_fraction <= 1:
+            raise ValueError(
+                "QModel: batch_fraction: expected a number in (0, 1], got "
+                f"{self.batch_fraction!r}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """`k`: one example in so many is used."""
+        return round(1 / self.batch_fraction)
+
+    @property
+    def momentum_type(self) -> str:
+        """Its name among the momentum types."""
+        return "qmodel_fixedmu" if self.fixed_momentum else "qmodel"
+
 
 Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .loss_functions import LossFunction
 
@@ -240,3 +241,32 @@ def rerun(
         return functional_call(model, {**own, **copies, **params}, args, dict(kwargs))
 
     return forward
+
+
+def every_kth(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], stride: int, start: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a forward with one example in `stride`, from `start` on.
+
+    The batch is the first dimension of the first tensor; every other tensor with that
+    first dimension, in lists, tuples and mappings too, is thinned out alike. A batch of
+    fewer examples than `stride` stays whole.
+
+    >>> every_kth((torch.arange(6),), {"scale": torch.ones(1)}, 3, 1)
+    ((tensor([1, 4]),), {'scale': tensor([1.])})
+    """
+    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if _has_rows(leaf)]
+    size = leaves[0].shape[0] if leaves else 0
+    if stride == 1 or size < stride:
+        return args, dict(kwargs)
+
+    def thin(leaf: Any) -> Any:
+        if _has_rows(leaf) and leaf.shape[0] == size:
+            return leaf[start % stride :: stride]
+        return leaf
+
+    return tree_map(thin, (args, dict(kwargs)))
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0

@@ -24,7 +24,13 @@ from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
 from .options import Damping
-from .quadratic_model import QuadraticModel, fisher_products, products, rerun
+from .quadratic_model import (
+    QuadraticModel,
+    every_kth,
+    fisher_products,
+    products,
+    rerun,
+)
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,15 @@ class UpdateRule:
         names: Mapping[Tensor, str],
         momentum_type: str,
         damping: Damping,
+        stride: int = 1,
     ) -> None:
         self._optimizer = optimizer
         self._model = model
         self._estimator = estimator
         self._names = names
         self._momentum_type = momentum_type
+        self._stride = stride  # of the examples that the quadratic model is of
+        self.num_steps = 0
         self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
         self._undamped = False
         estimator.capture.keep_forwards = self.modelled
@@ -264,7 +273,10 @@ class UpdateRule:
         def forwards() -> Iterable[Callable[..., Any]]:
             for call in calls:
                 set_random_state(call.random_state, device)
-                yield rerun(self._model, call.args, call.kwargs)
+                args, kwargs = every_kth(
+                    call.args, call.kwargs, self._stride, self.num_steps
+                )
+                yield rerun(self._model, args, kwargs)
 
         try:
             curvature = fisher_products(
