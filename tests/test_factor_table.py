@@ -382,6 +382,7 @@ CASES = {
     "scale alone": scale_and_shift(ff.ScaleAndShiftDiagonalFactor, (0, 1), None, False),
     "uncorrelated locations": SUA,
 }
+FLOATS = [name for name in CASES if name not in ("diagonal side of ids", "embedding")]
 KINDS = {
     kind
     for kind in vars(ff).values()
@@ -426,9 +427,9 @@ def test_update_is_the_brute_force_expression(case):
     assert updated.data_ptr() == factor.get_cov_var().data_ptr()
 
 
-def test_towers_weigh_by_rows_or_alike(case):
-    if not case.towers:
-        pytest.skip("the gradients of parameters are of one tower")
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.towers])
+def test_towers_weigh_by_rows_or_alike(name):
+    case = CASES[name]
     entries = [case.draw(2), case.draw(6)]
     a, b = (case.moment(entry) for entry in entries)
     close(case.make([entries]).new_cov([entries]), a / 4 + 3 * b / 4)
@@ -518,11 +519,11 @@ def test_to_moves_the_state(case):
     assert factor.get_cov_var().device.type == "meta"
 
 
-def test_a_bad_batch_is_left_out(case):
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_bad_batch_is_left_out(name):
+    case = CASES[name]
     entry = case.draw(4)
     parts = parts_of(entry)
-    if not parts[-1].is_floating_point():
-        pytest.skip("integers are never NaN; ids out of range have a test of their own")
     factor = ready(case, [[entry]])
     op = factor.make_covariance_update_op(0.9)
     good = op().clone()
@@ -534,10 +535,10 @@ def test_a_bad_batch_is_left_out(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_accumulates_in_float32(case, dtype):
+@pytest.mark.parametrize("name", FLOATS)
+def test_half_precision_accumulates_in_float32(name, dtype):
+    case = CASES[name]
     entry = case.draw(4)
-    if not parts_of(entry)[-1].is_floating_point():
-        pytest.skip("ids have no precision")
     half = tuple(part.to(dtype) for part in parts_of(entry))
     half = half if isinstance(entry, tuple) else half[0]
     exact = tuple(part.double() for part in parts_of(half))
@@ -594,7 +595,7 @@ WRONG = {  # an entry that does not fit, and what is said
     "multi-use diagonal": (tuple(torch.zeros(2, 4, 2)), r"expected 3 uses.*\(4, 2\)"),
     "scale and shift": (
         (torch.zeros(2, 2, 3), torch.zeros(2, 2, 4)),
-        r"inputs and outputs_grads of one shape \(N, 2, 3\)",
+        r"inputs and outputs_grads of one shape \(N, any, 3\)",
     ),
     "uncorrelated locations": (torch.zeros(2, 3, 4, 2), r"inputs: expected 3 channels"),
     "conv input, mask": (torch.zeros(2, 2, 6), r"inputs: expected 2 channels.*got 6"),
@@ -610,3 +611,12 @@ def test_data_of_another_shape(name):
     several = [CASES[name].draw(4), entry]
     with pytest.raises(ValueError, match="layer"):
         factor.new_cov([several])
+
+
+def test_a_dimension_that_scale_and_shift_are_broadcast_over_may_have_any_size():
+    factor = CASES["scale and shift"].make([[(torch.randn(4, 2, 3), torch.randn(4, 2, 3))]])
+    other = torch.randn(5, 7, 3), torch.randn(5, 7, 3)
+    close(factor.new_cov([[other]]), CASES["scale and shift"].moment(other))
+    own = CASES["scale and shift, own dims"]  # here the scale has that dimension
+    with pytest.raises(ValueError, match=r"of one shape \(N, 2, 3\), got"):
+        ready(own).new_cov([[other]])

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from kfac_torch.linalg import psd_eigh, psd_inverse, psd_power, symmetrize
+from kfac_torch.linalg import (
+    DampedCholesky,
+    psd_cholesky,
+    psd_eigh,
+    psd_inverse,
+    psd_power,
+    symmetrize,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -70,3 +77,25 @@ def test_float32_failures_are_retried_in_float64():
     inverse = psd_inverse(batch)
     assert inverse.dtype == torch.float32
     torch.testing.assert_close(inverse, torch.linalg.inv(batch.double()).float())
+
+
+def test_cholesky_in_a_batch():
+    C, damping = random_psd(3), torch.tensor([0.1, 0.0, 2.0])
+    L = psd_cholesky(C, damping)
+    assert torch.equal(L, L.tril())
+    torch.testing.assert_close(L @ L.mT, C + damping[:, None, None] * torch.eye(5))
+    torch.testing.assert_close(
+        DampedCholesky(C, damping).lower_inverse(), torch.linalg.inv(L)
+    )
+    with pytest.raises(torch.linalg.LinAlgError, match=r"b .*singular"):
+        psd_cholesky(torch.stack([torch.eye(2), torch.ones(2, 2)]), 0.0, ["a", "b"])
+
+
+def test_cholesky_factors_that_need_float64():
+    C = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2**-23]], dtype=torch.float32)
+    batch = torch.stack([C, torch.eye(2, dtype=torch.float32)])
+    exact = torch.linalg.cholesky(batch.double())
+    factors = DampedCholesky(batch)
+    assert torch.equal(factors.lower(), exact.float())
+    torch.testing.assert_close(factors.lower_inverse(), torch.linalg.inv(exact).float())
+    assert factors.lower().dtype == torch.float32

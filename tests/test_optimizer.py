@@ -339,7 +339,7 @@ def test_intervals():
     model, (x, y) = net(), batch()
     optimizer = make(model, cov_update_every=3, invert_every=4)
     factor = optimizer.estimator.blocks["0"].factors[0]
-    damping = factor._powers()[0].damping_func
+    damping = next(iter(factor._powers.values())).damping_func
     updates, inverses = [], []
     previous = None
     for _ in range(9):

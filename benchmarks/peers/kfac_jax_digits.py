@@ -8,6 +8,7 @@ number of steps to run; the answer is a line of JSON: milliseconds of every step
 loss after the last of them, without the l2 term.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -26,7 +27,7 @@ L2 = 1e-5
 
 def start():
     generator = np.random.RandomState(0)
-    sizes = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+    sizes = itertools.pairwise(WIDTHS)
     weights = [generator.randn(n, m) / np.sqrt(n) for n, m in sizes]
     return [(jnp.asarray(w, jnp.float32), jnp.zeros(w.shape[1])) for w in weights]
 

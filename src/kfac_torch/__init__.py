@@ -1,9 +1,29 @@
 """kfac-torch: K-FAC, Kronecker-factored approximate curvature, for PyTorch."""
 
 from . import (
+    curvature_products as curvature_products,
     fisher_blocks as fisher_blocks,
     fisher_factors as fisher_factors,
     loss_functions as loss_functions,
     patch_moments as patch_moments,
 )
+from .curvature_products import (
+    CurvatureMatrixVectorProductComputer as CurvatureMatrixVectorProductComputer,
+)
+from .damping import LevenbergMarquardt as LevenbergMarquardt
+from .estimator import FisherEstimator as FisherEstimator
+from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
+
+__all__ = (
+    "KFAC",
+    "CurvatureMatrixVectorProductComputer",
+    "FisherEstimator",
+    "LayerCollection",
+    "LevenbergMarquardt",
+    "curvature_products",
+    "fisher_blocks",
+    "fisher_factors",
+    "loss_functions",
+    "patch_moments",
+)

@@ -3,19 +3,23 @@
 The names are those of `tf.contrib.kfac` and of its successor: "kron" a Kronecker
 product (with "in", "out" or "both" sides as diagonals), "diagonal", "full"; for layers
 that are used several times "kron_indep" (independent uses) and "kron_series_1", "..._2"
-(a linear chain over time).
+(a linear chain over time). A one-hot input has a diagonal second moment to begin with, so
+of an embedding "kron" is "kron_in_diag" and "kron_out_diag" is "kron_both_diag".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
 from torch import nn
 
 from . import fisher_blocks as fb
+from .fisher_blocks.base import check_modules
 from .fisher_factors import FactorOptions
+from .fisher_factors.base import check_choice
 
 BlockFactory: TypeAlias = Callable[..., fb.FisherBlock]
 
@@ -35,16 +39,28 @@ def _kronecker(name: str, kind: BlockFactory) -> dict[str, BlockFactory]:
     }
 
 
-def _generic(kind: BlockFactory) -> BlockFactory:
+def _embedding(name: str, kind: BlockFactory) -> dict[str, BlockFactory]:
+    """An embedding's block under its names: the input's side is a diagonal anyway."""
+    diagonal = _sides(kind, diagonal_approx_for_output=True)
+    return {
+        name: kind,
+        f"{name}_in_diag": kind,
+        f"{name}_out_diag": diagonal,
+        f"{name}_both_diag": diagonal,
+    }
+
+
+def _generic(kind: BlockFactory, *layer_types: type[nn.Module]) -> BlockFactory:
     """A block of gradients of parameters, made from a layer."""
 
     def make(module: nn.Module, name: str, options: FactorOptions) -> fb.FisherBlock:
+        check_modules(module, layer_types, name)
         return kind([p for p in module.parameters() if p.requires_grad], name, options)
 
     return make
 
 
-_FULL = _generic(fb.FullFB)
+_CONVOLUTION = _generic(fb.FullFB, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
     {
@@ -53,7 +69,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             {
                 **_kronecker("kron", fb.FullyConnectedKFACBasicFB),
                 "diagonal": fb.FullyConnectedDiagonalFB,
-                "full": _FULL,
+                "full": _generic(fb.FullFB, nn.Linear),
             }
         ),
         "conv2d": MappingProxyType(
@@ -61,24 +77,21 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
                 "kron": fb.ConvKFCBasicFB,
                 "kron_sua": _sides(fb.ConvKFCBasicFB, sua_approx_for_input=True),
                 "diagonal": fb.ConvDiagonalFB,
-                "full": _FULL,
+                "full": _CONVOLUTION,
             }
         ),
         "depthwise_conv2d": MappingProxyType(
             {
                 "kron": fb.DepthwiseConvKFCBasicFB,
                 "diagonal": fb.DepthwiseConvDiagonalFB,
-                "full": _FULL,
+                "full": _CONVOLUTION,
             }
         ),
         "embedding": MappingProxyType(
             {
-                "kron": fb.EmbeddingKFACFB,
-                "kron_both_diag": _sides(
-                    fb.EmbeddingKFACFB, diagonal_approx_for_output=True
-                ),
-                "diagonal": _generic(fb.NaiveDiagonalFB),
-                "full": _FULL,
+                **_embedding("kron", fb.EmbeddingKFACFB),
+                "diagonal": _generic(fb.NaiveDiagonalFB, nn.Embedding),
+                "full": _generic(fb.FullFB, nn.Embedding),
             }
         ),
         "scale_and_shift": MappingProxyType(
@@ -92,7 +105,9 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             }
         ),
         "conv2d_multi": MappingProxyType({"kron_indep": fb.ConvKFCBasicMultiIndepFB}),
-        "embedding_multi": MappingProxyType({"kron_indep": fb.EmbeddingKFACMultiIndepFB}),
+        "embedding_multi": MappingProxyType(
+            _embedding("kron_indep", fb.EmbeddingKFACMultiIndepFB)
+        ),
     }
 )
 """By kind of layer, the blocks it can have by the name of the approximation."""
@@ -110,3 +125,83 @@ DEFAULT_APPROXIMATIONS: Mapping[str, str] = MappingProxyType(
         "embedding_multi": "kron_indep",
     }
 )
+
+
+class _Default:
+    """The default of one kind, to be read."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __get__(self, owner: DefaultApproximations, _: type | None = None) -> str:
+        return owner.default_approximation(self._kind)
+
+    def __set__(self, owner: DefaultApproximations, value: str) -> None:
+        name = f"set_default_{self._kind}_approximation"
+        raise AttributeError(f"expected a call of {name}({value!r})")
+
+
+class _SetDefault:
+    """The method that sets the default of one kind."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __get__(
+        self, owner: DefaultApproximations, _: type | None = None
+    ) -> Callable[[str], None]:
+        return partial(owner.set_default_approximation, self._kind)
+
+
+class DefaultApproximations:
+    """What layers of a kind are registered with where nothing is said.
+
+    Besides `default_approximation(kind)` and `set_default_approximation(kind, approx)`
+    there are the names of `tf.contrib.kfac` for every kind, `default_conv2d_approximation`
+    (which can be read) and `set_default_conv2d_approximation(approx)`.
+    """
+
+    def __init__(self) -> None:
+        self._defaults = dict(DEFAULT_APPROXIMATIONS)
+
+    def default_approximation(self, kind: str) -> str:
+        """Return the approximation of a kind of layer, a key of `APPROXIMATIONS`."""
+        check_choice("kind", kind, tuple(APPROXIMATIONS))
+        return self._defaults[kind]
+
+    def set_default_approximation(self, kind: str, approx: str) -> None:
+        """Set the approximation of layers of a kind that are registered from now on.
+
+        Raises:
+            ValueError: an unknown kind, or an approximation that it does not have.
+
+        >>> defaults = DefaultApproximations()
+        >>> defaults.set_default_fully_connected_approximation("diagonal")
+        >>> defaults.default_fully_connected_approximation
+        'diagonal'
+        >>> defaults.set_default_approximation("fully_connected", "tridiagonal")
+        Traceback (most recent call last):
+        ValueError: fully_connected: approx: expected one of ('kron', ...), got ...
+        """
+        check_choice("kind", kind, tuple(APPROXIMATIONS))
+        check_choice(f"{kind}: approx", approx, tuple(APPROXIMATIONS[kind]))
+        self._defaults[kind] = approx
+
+    default_generic_approximation = _Default("generic")
+    default_fully_connected_approximation = _Default("fully_connected")
+    default_conv2d_approximation = _Default("conv2d")
+    default_depthwise_conv2d_approximation = _Default("depthwise_conv2d")
+    default_embedding_approximation = _Default("embedding")
+    default_scale_and_shift_approximation = _Default("scale_and_shift")
+    default_fully_connected_multi_approximation = _Default("fully_connected_multi")
+    default_conv2d_multi_approximation = _Default("conv2d_multi")
+    default_embedding_multi_approximation = _Default("embedding_multi")
+    set_default_generic_approximation = _SetDefault("generic")
+    set_default_fully_connected_approximation = _SetDefault("fully_connected")
+    set_default_conv2d_approximation = _SetDefault("conv2d")
+    set_default_depthwise_conv2d_approximation = _SetDefault("depthwise_conv2d")
+    set_default_embedding_approximation = _SetDefault("embedding")
+    set_default_scale_and_shift_approximation = _SetDefault("scale_and_shift")
+    set_default_fully_connected_multi_approximation = _SetDefault("fully_connected_multi")
+    set_default_conv2d_multi_approximation = _SetDefault("conv2d_multi")
+    set_default_embedding_multi_approximation = _SetDefault("embedding_multi")

@@ -168,10 +168,7 @@ class Capture:
         training = model.training and torch.is_grad_enabled()
         self._tape = [] if training and self._enabled() else None
         if training and self.keep_forwards and self._has_its_params(model):
-            self.forwards.append(RootCall(args, kwargs, random_state(self._device())))
-
-    def _device(self) -> torch.device:
-        return next(p.device for _, p in self._layers.values() if p is not None)
+            self.forwards.append(RootCall(args, kwargs, random_state(_device(model))))
 
     def _has_its_params(self, model: nn.Module) -> bool:
         """Whether a call is one of the model's own, not one under `functional_call`."""
@@ -204,6 +201,10 @@ class Capture:
         failed = output is None  # the forward raised
         if torch.is_grad_enabled() and not failed:
             self._on_forward(output, calls)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class _ParamHook:

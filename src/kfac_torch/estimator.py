@@ -19,13 +19,15 @@ merged as if they had been one batch. Left out: when to call `update_covariances
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .block_products import BlockProducts
 from .capture import Capture, LayerCall, watch_gradient
 from .damping import DampingFunc
 from .fisher_blocks import FisherBlock, Moment
@@ -38,7 +40,7 @@ from .sources import BatchMoments, fill_missing
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 
-VectorsAndVariables: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+_BUFFER_BYTES = 64 * 2**20  # sources at the network output that are held at once
 
 
 @dataclass
@@ -65,7 +67,7 @@ class _Forward:
         return any(part.gradient is not None for part in self.parts)
 
 
-class FisherEstimator:
+class FisherEstimator(BlockProducts):
     """Keep the factors of a model's blocks up to date; multiply by them.
 
     Forwards of the collection's model in training mode are watched from construction on.
@@ -75,9 +77,12 @@ class FisherEstimator:
             `layer_collection`; None for those.
         cov_ema_decay: `ε` of the factors' moving average, in [0, 1].
         damping: λ, in units of the Fisher of the mean loss; a number or a callable.
-        layer_collection: the blocks and the losses.
+        layer_collection: the blocks and the losses. Of one estimator at a time: a new one
+            gives the blocks new factors.
         exps: the exponents that `multiply_matpower` is to serve (1 always is).
-        estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`.
+        estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
+            weights of several losses enter the empirical statistics squared, as they do
+            the user's gradient.
         seed: of the generator that draws targets; the global one is not touched.
 
     Raises:
@@ -115,27 +120,23 @@ class FisherEstimator:
             raise ValueError(
                 f"cov_ema_decay: expected a number in [0, 1], got {cov_ema_decay}"
             )
-        self.layers = layer_collection
-        self.blocks = layer_collection.blocks
-        self.layers.check_losses()
+        layer_collection.check_losses()
         if variables is not None:
-            self.layers.check_variables(variables)
+            layer_collection.check_variables(variables)
+        super().__init__(layer_collection)
         self.cov_ema_decay = cov_ema_decay
         self.collecting = True
         self.loss_checked = False
         self._mode = estimation_mode
-        self._seed = seed
+        self.seed = seed
         self._generator: torch.Generator | None = None
         # What the check of the loss found, for the empirical mode.
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
-        self._owners = {
-            id(param): block for block in self.blocks.values() for param in block.params
-        }
         for block in self.blocks.values():
             block.instantiate_factors(damping)
-            for exp in exps:
-                block.register_matpower(exp)
+        for exp in exps:
+            self.register_matpower(exp)
         empirical = estimation_mode == "empirical"
         self._capture = Capture(
             layer_collection.model,
@@ -181,7 +182,7 @@ class FisherEstimator:
 
     def _on_forward(self, output: Any, calls: list[LayerCall]) -> None:
         watched = not self.loss_checked or self.sums_gradients
-        recording = self._capture.recorded and bool(calls or self._generic_params())
+        recording = self._capture.recorded and (bool(calls) or self._has_generic_params())
         if not recording and not watched:
             return
         outputs = [z for _, z in self.layers.network_outputs(output)]
@@ -241,8 +242,9 @@ class FisherEstimator:
         ]
         if self._mode == "exact":
             for z, part in attached:
-                columns = part.coeff**0.5 * part.loss.fisher_factor_all_columns()
-                batch.add_columns(z, columns.to(z.dtype))
+                for some in _chunks(part.loss):
+                    columns = part.loss.fisher_factor_all_columns(some)
+                    batch.add_columns(z, (part.coeff**0.5 * columns).to(z.dtype))
         else:
             sources = [self._draw(part).to(z.dtype)[None] for z, part in attached]
             batch.add([z for z, _ in attached], sources)
@@ -259,7 +261,7 @@ class FisherEstimator:
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self._seed)
+            self._generator = torch.Generator(device).manual_seed(self.seed)
         return self._generator
 
     def _generic_params(self) -> list[Tensor]:
@@ -269,6 +271,13 @@ class FisherEstimator:
             if block.needs_param_grads
             for param in block.params
         ]
+
+    def _has_generic_params(self) -> bool:
+        """Whether the model has any that are its own, not those of `functional_call`."""
+        generic = {id(param) for param in self._generic_params()}
+        return bool(generic) and any(
+            id(p) in generic for p in self.layers.model.parameters()
+        )
 
     def _add_moments(self, new: dict[str, list[Moment]]) -> None:
         for name, moments in new.items():
@@ -374,27 +383,30 @@ class FisherEstimator:
                     yield self.blocks[name], index, moment
 
     def _add_empirical(self) -> None:
-        """The user's gradients, brought to those of the summed loss."""
-        if self._mode != "empirical":
+        """The user's gradients, brought to those of the summed loss; used up by this."""
+        if self._mode != "empirical" or not self._arrived:
             return
-        for forward in self._arrived:
-            num_terms = forward.num_terms
-            scale = (1 if self._summed else num_terms) / self._gradient_factor
-            if len(forward.parts) == 1:
-                scale /= forward.parts[0].own_coeff ** 0.5
-            batch = BatchMoments(forward.calls, self.blocks, num_terms)
+        self.check_loss()
+        arrived, self._arrived = self._arrived, []
+        for forward in arrived:
+            scale = (1 if self._summed else forward.num_terms) / self._gradient_factor
+            scale *= _gradient_share(forward)
+            batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
             batch.add_user_grads(scale)
             self._add_moments(batch.moments())
-        N = self.num_terms
-        scale = (1 if self._summed else N) / self._gradient_factor
+        # A generic block squares the gradient of all micro-batches together, each a mean
+        # over its own loss terms.
+        N = sum(forward.num_terms for forward in arrived)
+        scale = (1 if self._summed else N / len(arrived)) / self._gradient_factor
+        scale *= _gradient_share(arrived[0])
         for block in self.blocks.values():
-            # A generic block squares the gradient of all micro-batches together.
             found = [self._capture.param_grads.get(param) for param in block.params]
             if block.needs_param_grads and any(grad is not None for grad in found):
                 grads = [None if grad is None else scale * grad[None] for grad in found]
                 covs = block.grad_moments([], fill_missing(grads, block.params), N)
                 rows = block.num_rows([], N)
                 self._add_moments({block.name: [Moment(cov, rows, N) for cov in covs]})
+        self._capture.param_grads.clear()
 
     def has_new_layers(self) -> bool:
         """Whether a layer has statistics but no inverse yet: it was called late."""
@@ -417,101 +429,59 @@ class FisherEstimator:
     def cov_update_thunks(self) -> list[Callable[[], None]]:
         """One callable per factor, which lets what was gathered enter that factor alone.
 
-        A batch with a NaN or an Inf is left out, with a RuntimeWarning.
+        A batch with a NaN or an Inf is left out, with a RuntimeWarning. In the order of
+        `LayerCollection.get_factors()`; `update_covariances` is all of them, or none.
         """
-
-        def thunk(block: FisherBlock, index: int) -> None:
-            moments = self._pending.get(block.name)
-            moment = moments[index] if moments else None
-            if moments is None or moment is None:
-                return
-            moments[index] = None
-            if moment.cov.isfinite().all():
-                block.accumulate_factor(index, moment, self.cov_ema_decay)
-                return
-            block.factors[index].reject()
-            warnings.warn(
-                f"{block.factors[index].name}: the batch has NaN or Inf values; it was "
-                "left out and the last good covariance is kept",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
         return [
-            lambda block=block, index=index: thunk(block, index)
+            partial(self._update_covariance, block, index)
             for block in self.blocks.values()
             for index in range(len(block.factors))
         ]
 
     @property
     def inv_update_thunks(self) -> list[Callable[[], None]]:
-        """One callable per factor, which refreshes its stored powers alone."""
+        """One callable per factor, which refreshes its stored powers alone.
+
+        It does nothing while the factor's block has no statistics.
+        """
         return [
-            lambda factor=factor: refresh_inverses([factor])
+            partial(_update_inverse, block, index)
             for block in self.blocks.values()
-            for factor in block.factors
+            for index in range(len(block.factors))
         ]
 
-    # Products.
-
-    def multiply(self, vecs_and_vars: VectorsAndVariables) -> list[tuple[Tensor, Tensor]]:
-        """Return `F_λ v` with the current factors, as `multiply_matpower(1, ...)`."""
-        return self.multiply_matpower(1, vecs_and_vars)
-
-    def multiply_inverse(
-        self, vecs_and_vars: VectorsAndVariables
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return `F_λ⁻¹ v`, as `multiply_matpower(-1, ...)`."""
-        return self.multiply_matpower(-1, vecs_and_vars)
-
-    def multiply_matpower(
-        self, exp: float, vecs_and_vars: VectorsAndVariables
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return `[(F_λ^exp v, variable), ...]` in the order given.
-
-        Args:
-            exp: 1, or one of `exps`.
-            vecs_and_vars: pairs `(vector, variable)`, the vector in the variable's shape;
-                of a block's parameters either all or none.
-
-        Raises:
-            ValueError: a variable without a block, part of a block, or another shape.
-            KeyError: this exponent is not registered.
-            RuntimeError: no statistics, or not refreshed yet.
-        """
-        return self._map_blocks(
-            vecs_and_vars, lambda block, v: block.multiply_tensors(v, exp)
-        )
-
-    def _map_blocks(
+    def make_vars_and_create_op_thunks(
         self,
-        vecs_and_vars: VectorsAndVariables,
-        product: Callable[[FisherBlock, list[Tensor]], list[Tensor]],
-    ) -> list[tuple[Tensor, Tensor]]:
-        pairs = list(vecs_and_vars)
-        vectors = {id(variable): vector for vector, variable in pairs}
-        blocks: dict[int, FisherBlock] = {}
-        for vector, variable in pairs:
-            block = self._owners.get(id(variable))
-            if block is None or vector.shape != variable.shape:
-                problem = "has no block" if block is None else "has another shape"
-                raise ValueError(
-                    f"{self.layers.describe(variable)} {problem}: expected pairs (vector, "
-                    "variable) of equal shape, the variables those of the layer "
-                    f"collection, got a vector of shape {tuple(vector.shape)}"
-                )
-            blocks[id(block)] = block
-        result: dict[int, Tensor] = {}
-        for block in blocks.values():
-            missing = [p for p in block.params if id(p) not in vectors]
-            if missing:
-                raise ValueError(
-                    f"block {block.name}: expected vectors for all its parameters, got "
-                    f"none for {', '.join(map(self.layers.describe, missing))}"
-                )
-            parts = product(block, [vectors[id(p)] for p in block.params])
-            result |= {id(p): part for p, part in zip(block.params, parts, strict=True)}
-        return [(result[id(variable)], variable) for _, variable in pairs]
+    ) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """Return `(cov_update_thunks, inv_update_thunks)`."""
+        return self.cov_update_thunks, self.inv_update_thunks
+
+    create_ops_and_vars_thunks = make_vars_and_create_op_thunks
+
+    def _update_covariance(self, block: FisherBlock, index: int) -> None:
+        self._add_empirical()
+        self._arrived = []  # they hold outputs, and are of no further use
+        moments = self._pending.get(block.name)
+        moment = moments[index] if moments else None
+        if moments is None or moment is None:
+            return
+        moments[index] = None
+        good = moment.cov.isfinite().all()
+        if self._finite is not None:
+            good = good & self._finite.to(good.device)
+        if not any(any(left) for left in self._pending.values()):
+            self._finite = None  # the last of what was gathered with it
+        factor = block.factors[index]
+        if good:
+            block.accumulate_factor(index, moment, self.cov_ema_decay)
+            return
+        factor.reject()
+        warnings.warn(
+            f"{factor.name}: the batch has NaN or Inf values, there or at the network "
+            "output; it was left out and the last good covariance is kept",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     # State.
 
@@ -544,13 +514,21 @@ class FisherEstimator:
         for name, block in self.blocks.items():
             block.check_state_dict(state["blocks"][name])
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], device: torch.device | None = None
+    ) -> None:
         """Restore what `state_dict` returned.
+
+        Args:
+            state: of an estimator that was constructed alike.
+            device: where targets are drawn; that of the first parameter if None.
 
         Raises:
             ValueError: the state of another model; nothing is changed then.
         """
         self.check_state_dict(state)
+        if device is None:
+            device = next(iter(self.blocks.values())).params[0].device
         self.reset()
         for name, block in self.blocks.items():
             block.load_state_dict(state["blocks"][name])
@@ -569,3 +547,22 @@ class FisherEstimator:
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
+
+
+def _update_inverse(block: FisherBlock, index: int) -> None:
+    if block.has_statistics:
+        refresh_inverses([block.factors[index]])
+
+
+def _gradient_share(forward: _Forward) -> float:
+    """What a weighted loss's gradient is to be multiplied by: `√coeff/coeff`."""
+    # Of several losses the gradients have come together, weights and all.
+    return forward.parts[0].own_coeff ** -0.5 if len(forward.parts) == 1 else 1.0
+
+
+def _chunks(loss: LossFunction) -> Iterator[range]:
+    """The coordinates of an example's output, as many at once as fit in the buffer."""
+    total = loss.fisher_factor_inner_shape[1:].numel()
+    step = max(1, _BUFFER_BYTES // loss.inputs.nbytes)
+    for start in range(0, total, step):
+        yield range(start, min(start + step, total))

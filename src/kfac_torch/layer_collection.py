@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .approximations import APPROXIMATIONS, DEFAULT_APPROXIMATIONS
+from .approximations import APPROXIMATIONS, DefaultApproximations
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
 from .loss_collection import LossCollection
 from .use_count import count_uses
 
+_Factor = TypeVar("_Factor", bound=FisherFactor)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class LayerCollection(LossCollection):
+class LayerCollection(DefaultApproximations, LossCollection):
     """The blocks of a model by name, and its losses.
 
     Args:
@@ -41,11 +42,11 @@ class LayerCollection(LossCollection):
     """
 
     def __init__(self, model: nn.Module, options: FactorOptions = FactorOptions()) -> None:
-        super().__init__()
+        DefaultApproximations.__init__(self)
+        LossCollection.__init__(self)
         self.model = model
         self.blocks: dict[str, FisherBlock] = {}
         self._options = options
-        self._defaults = dict(DEFAULT_APPROXIMATIONS)
         self._linked: dict[frozenset[int], str | None] = {}
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
@@ -53,27 +54,7 @@ class LayerCollection(LossCollection):
         self._module_names = {id(m): name for name, m in model.named_modules()}
         self._param_names = {id(p): name for name, p in model.named_parameters()}
 
-    # Approximations.
-
-    def default_approximation(self, kind: str) -> str:
-        """Return the approximation of a kind of layer, a key of `APPROXIMATIONS`."""
-        check_choice("kind", kind, tuple(APPROXIMATIONS))
-        return self._defaults[kind]
-
-    def set_default_approximation(self, kind: str, approx: str) -> None:
-        """Set the approximation of layers of a kind that are registered from now on.
-
-        Raises:
-            ValueError: an unknown kind, or an approximation that it does not have.
-
-        >>> layers = LayerCollection(nn.Linear(2, 3))
-        >>> layers.set_default_approximation("fully_connected", "tridiagonal")
-        Traceback (most recent call last):
-        ValueError: fully_connected: approx: expected one of ('kron', ...), got ...
-        """
-        check_choice("kind", kind, tuple(APPROXIMATIONS))
-        check_choice(f"{kind}: approx", approx, tuple(APPROXIMATIONS[kind]))
-        self._defaults[kind] = approx
+    # Linked parameters.
 
     def define_linked_parameters(
         self, params: Tensor | Sequence[Tensor], approximation: str | None = None
@@ -81,40 +62,47 @@ class LayerCollection(LossCollection):
         """Say that parameters are to be registered together, maybe how.
 
         Their registration by other groups, or with another approximation than this one,
-        is refused.
+        is refused; `auto_register_layers` leaves them alone unless the group is a layer.
+
+        Args:
+            params: the group, parameters of the model.
+            approximation: the name of one; any if None.
 
         Raises:
-            ValueError: a parameter is linked or registered already.
+            ValueError: a parameter that is linked or registered already, or that the
+                model does not have, or an approximation that no layer has.
         """
-        group = frozenset(map(id, _sequence(params)))
-        taken = {i for linked in self._linked if linked != group for i in linked}
+        group = _sequence(params)
+        taken = {i for linked in self._linked for i in linked}
         taken |= {id(p) for p in self.registered_variables}
-        for param in _sequence(params):
-            if id(param) in taken:
+        for param in group:
+            if id(param) in taken or id(param) not in self._param_names:
                 raise ValueError(
-                    f"{self.describe(param)}: expected a parameter that is neither linked "
-                    "nor registered yet, got one that is"
+                    f"{self.describe(param)}: expected a parameter of the model that is "
+                    "neither linked nor registered yet, got one that is"
+                    f"{'' if id(param) in taken else ' not of the model'}"
                 )
-        self._linked[group] = approximation
+        if approximation is not None:
+            known = {name for kind in APPROXIMATIONS.values() for name in kind}
+            check_choice("approximation", approximation, tuple(sorted(known)))
+        self._linked[frozenset(map(id, group))] = approximation
 
     @property
     def linked_parameters(self) -> dict[frozenset[str], str | None]:
         """The groups that were linked, by names, and their approximations."""
         return {
-            frozenset(self._param_names.get(i, "?") for i in group): approx
+            frozenset(self._param_names[i] for i in group): approx
             for group, approx in self._linked.items()
         }
 
     # Layers.
 
-    def register_block(
-        self, block: FisherBlock, num_uses: int | None = None, kind: str = ""
-    ) -> None:
+    def register_block(self, block: FisherBlock, num_uses: int | None = None) -> None:
         """Register any block; `num_uses` of its parameters, None for any number.
 
         Raises:
             ValueError: a name or a parameter that is registered, parameters that are
-                linked with others, or one that the model does not have.
+                linked with others, one that is frozen or that the model does not have.
         """
         taken = {id(param) for param in self.registered_variables}
         ids = frozenset(map(id, block.params))
@@ -126,6 +114,12 @@ class LayerCollection(LossCollection):
             )
         if not ids:
             raise ValueError(f"layer {block.name}: expected trained parameters, got none")
+        frozen = [self.describe(p) for p in block.params if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"layer {block.name}: expected trained parameters, got frozen ones: "
+                f"{', '.join(frozen)}; register the others with register_generic"
+            )
         strangers = ids - self._param_names.keys()
         if strangers:
             raise ValueError(
@@ -134,7 +128,7 @@ class LayerCollection(LossCollection):
             )
         for linked in self._linked:
             if linked & ids and linked != ids:
-                names = ", ".join(sorted(self._param_names.get(i, "?") for i in linked))
+                names = ", ".join(sorted(self._param_names[i] for i in linked))
                 raise ValueError(
                     f"layer {block.name}: its parameters are linked to others; expected "
                     f"exactly {names} to be registered together"
@@ -175,25 +169,34 @@ class LayerCollection(LossCollection):
                 f"layer {name}: approx: its parameters are linked with approximation "
                 f"{linked!r}, got {approx!r}"
             )
-        approx = approx or linked or self._defaults[kind]
+        if approx is None:
+            approx = linked or self.default_approximation(kind)
         check_choice(f"layer {name}: approx", approx, tuple(APPROXIMATIONS[kind]))
         return approx
 
     def register_generic(
         self,
-        params: nn.Parameter | Sequence[nn.Parameter],
+        params: nn.Module | nn.Parameter | Iterable[nn.Parameter],
         approx: str | None = None,
         name: str | None = None,
     ) -> None:
         """Register any parameters, by the gradients of the loss with respect to them.
 
-        `approx` is `"diagonal"` or `"full"`. The square of a batch's gradient is the
-        Fisher in expectation only, with a high variance; `"exact"` estimation has none.
+        The square of a batch's gradient is the Fisher in expectation only, with a high
+        variance; `"exact"` estimation has none.
+
+        Args:
+            params: one, several, or a module: all that it trains, as one block.
+            approx: `"diagonal"` or `"full"`.
+            name: of the block; the module's or the parameters' if None.
 
         Raises:
-            ValueError: as `register_block`.
+            ValueError: as `register_block`, or an unknown approximation.
         """
-        params = list(_sequence(params))
+        if isinstance(params, nn.Module):
+            name = name or self._module_names.get(id(params)) or "model"
+            params = [p for p in params.parameters() if p.requires_grad]
+        params = _sequence(params)
         name = name or "+".join(self._param_names.get(id(p), "?") for p in params)
         approx = self._choose("generic", approx, frozenset(map(id, params)), name)
         block = APPROXIMATIONS["generic"][approx](params, name, self._options)
@@ -246,17 +249,28 @@ class LayerCollection(LossCollection):
     def register_separable_conv2d(
         self, depthwise: nn.Module, pointwise: nn.Module, approx: str | None = None
     ) -> None:
-        """Register a depthwise convolution and the pointwise one behind it."""
+        """Register a depthwise convolution and the pointwise one behind it, or neither.
+
+        Raises:
+            ValueError: as the two methods.
+        """
+        before = dict(self.blocks)
         self.register_depthwise_conv2d(depthwise, approx)
-        self.register_conv2d(pointwise, approx)
+        try:
+            self.register_conv2d(pointwise, approx)
+        except (TypeError, ValueError):
+            (name,) = self.blocks.keys() - before.keys()
+            del self.blocks[name], self._uses[name]
+            raise
 
     def register_embedding(
         self, module: nn.Module, approx: str | None = None, name: str | None = None
     ) -> None:
         """Register an `nn.Embedding` that is called once in a forward.
 
-        `approx`: `"kron"` (counts of the ids, never a vocabulary x vocabulary matrix),
-        `"kron_both_diag"`, `"diagonal"` or `"full"`.
+        `approx`: `"kron"` (counts of the ids, never a vocabulary x vocabulary matrix; the
+        same is `"kron_in_diag"`), `"kron_both_diag"` (the same is `"kron_out_diag"`),
+        `"diagonal"` or `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -330,8 +344,9 @@ class LayerCollection(LossCollection):
 
         Left alone are what is registered already, subclasses, since they may compute
         something else, and layers that share a parameter with a module of another kind,
-        since their calls alone do not make up its curvature. Linear layers that share
-        all their parameters are registered together.
+        since their calls alone do not make up its curvature, and parameters that are
+        linked otherwise. Linear layers that share all their parameters are registered
+        together.
 
         Args:
             model: a part of the collection's model; all of it if None.
@@ -348,7 +363,7 @@ class LayerCollection(LossCollection):
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 continue
             ids = [id(param) for param in module.parameters(recurse=False)]
-            if taken.intersection(ids):
+            if taken.intersection(ids) or self._linked_otherwise(module):
                 continue
             if type(module) is nn.Linear and any(owners[i] > 1 for i in ids):
                 tied = self._tied(ids)
@@ -363,6 +378,11 @@ class LayerCollection(LossCollection):
                 self.register_convolution(module)
             elif type(module) is nn.Embedding and not module.sparse:
                 self.register_embedding(module)
+
+    def _linked_otherwise(self, module: nn.Module) -> bool:
+        """Whether a layer's parameters are linked, but not as this layer."""
+        ids = {id(p) for p in module.parameters(recurse=False) if p.requires_grad}
+        return any(linked & ids and linked != ids for linked in self._linked)
 
     def _tied(self, ids: list[int]) -> list[nn.Module]:
         """All linear layers with these parameters and no others."""
@@ -388,16 +408,23 @@ class LayerCollection(LossCollection):
         """Return all factors, in the order of their blocks."""
         return [factor for block in self.blocks.values() for factor in block.factors]
 
-    def make_or_get_factor(self, cls: type[FisherFactor], args: tuple) -> FisherFactor:
+    def make_or_get_factor(self, cls: type[_Factor], args: tuple[Any, ...]) -> _Factor:
         """Return the factor `cls(*args)`, the same one for the same class and arguments.
 
         Raises:
             TypeError: arguments that cannot be hashed, lists for example.
         """
         key = (cls, args)
-        if key not in self._factors:
-            self._factors[key] = cls(*args)
-        return self._factors[key]
+        try:
+            factor = self._factors.get(key)
+        except TypeError as error:
+            raise TypeError(
+                f"make_or_get_factor: expected arguments of {cls.__name__} that can be "
+                f"hashed, tuples rather than lists: {error}"
+            ) from error
+        if not isinstance(factor, cls):
+            factor = self._factors[key] = cls(*args)
+        return factor
 
     def describe(self, param: Tensor) -> str:
         """Return `parameter` and its name in the model."""
@@ -408,29 +435,38 @@ class LayerCollection(LossCollection):
 
     def check_variables(self, variables: Iterable[Tensor]) -> None:
         """Raise ValueError unless `variables` are exactly those registered."""
-        given = {id(variable): variable for variable in variables}
-        ours = {id(variable): variable for variable in self.registered_variables}
-        problems = [
-            f"{self.describe(variable)} has no block" if i in given
-            else f"{self.describe(variable)} is registered, but not among the variables"
-            for i, variable in (given | ours).items()
-            if (i in given) != (i in ours)
-        ]  # fmt: skip
+        problems = self._variable_problems(variables)
         if problems:
             raise ValueError("variables: " + "; ".join(problems))
 
+    def _variable_problems(self, variables: Iterable[Tensor]) -> list[str]:
+        given = {id(variable): variable for variable in variables}
+        ours = {id(variable): variable for variable in self.registered_variables}
+        missing = [
+            f"{self.describe(variable)} has no block: register its layer, or itself with "
+            "register_generic"
+            for i, variable in given.items()
+            if i not in ours
+        ]
+        superfluous = [
+            f"{self.describe(variable)} is registered, but "
+            f"{'not among the variables' if variable.requires_grad else 'is frozen'}"
+            for i, variable in ours.items()
+            if i not in given
+        ]
+        return missing + superfluous
+
     def check_registration(
-        self,
-        variables: Iterable[Tensor] | None = None,
-        outputs: Tensor | Sequence[Tensor] | None = None,
+        self, variables: Iterable[Tensor] | None = None, outputs: Any = None
     ) -> None:
         """Check that every variable is registered, and as often as it is used.
 
         Args:
             variables: what has to be registered, no more and no less; all trained
                 parameters of the model if None.
-            outputs: the network outputs of a forward, attached to its graph. Where they
-                are given, the uses of each parameter in that graph are counted and
+            outputs: the network outputs of a forward, attached to its graph: a tensor or
+                several, or what the model returned, where the losses say what is in it.
+                If given, the uses of each parameter in that graph are counted and
                 compared with those registered: 1, or `num_uses` of a layer that is used
                 several times. Generic blocks may be used any number of times.
 
@@ -439,25 +475,38 @@ class LayerCollection(LossCollection):
         """
         if variables is None:
             variables = [p for p in self.model.parameters() if p.requires_grad]
-        problems: list[str] = []
-        try:
-            self.check_variables(variables)
-        except ValueError as error:
-            problems += str(error).removeprefix("variables: ").split("; ")
+        problems = self._variable_problems(variables)
         if outputs is not None:
-            counts = count_uses(_sequence(outputs))
-            for name, block in self.blocks.items():
-                expected = self._uses[name]
-                for param in block.params:
-                    used = counts.get(param, 0)
-                    if not block.needs_param_grads and expected not in (None, used):
-                        problems.append(
-                            f"{self.describe(param)} is registered with {expected} "
-                            f"use(s), but used {used} time(s) by the outputs"
-                        )
+            problems += self._use_problems(outputs)
         if problems:
             raise ValueError("registration: " + "; ".join(problems))
 
+    def _use_problems(self, outputs: Any) -> list[str]:
+        tensors = _sequence(outputs) if isinstance(outputs, Tensor | list | tuple) else []
+        if not tensors or not all(isinstance(z, Tensor) for z in tensors):
+            self.check_losses()
+            tensors = [z for _, z in self.network_outputs(outputs)]
+        counts = count_uses(tensors)
+        problems: list[str] = []
+        for name, block in self.blocks.items():
+            expected = self._uses[name]
+            if expected is None or block.needs_param_grads:
+                continue
+            problems += [
+                f"{self.describe(param)} is registered with {expected} use(s), but used "
+                f"{counts[param]} time(s) by the outputs"
+                for param in block.params
+                if param.requires_grad and counts[param] != expected
+            ]
+        if problems:
+            problems.append(
+                "register a layer that is called several times with a "
+                "register_..._multi method and num_uses=; one whose parameters are used "
+                "beside its own calls, or whose derivatives are part of the output (as in "
+                "a physics-informed loss), with register_generic"
+            )
+        return problems
+
 
 def _sequence(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return [value] if isinstance(value, Tensor) else list(value)

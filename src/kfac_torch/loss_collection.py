@@ -211,13 +211,12 @@ class LossCollection:
             output: what the model returned.
             targets: for one loss a tensor; for several, one each in the order of
                 registration or by name.
+
+        Raises:
+            ValueError: other targets than one for every loss.
         """
         self.check_losses()
-        names = [entry.name for entry in self.registered_losses]
-        if isinstance(targets, Tensor):
-            targets = [targets]
-        if not isinstance(targets, Mapping):
-            targets = dict(zip(names, targets, strict=True))
+        targets = self._by_name(targets)
         result = {}
         for entry, z in self.network_outputs(output):
             loss = entry.objective.factory(z)
@@ -225,6 +224,25 @@ class LossCollection:
                 loss.evaluate_on_targets(targets[entry.name]) / loss.num_terms
             )
         return result
+
+    def _by_name(
+        self, targets: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        names = [entry.name for entry in self.registered_losses]
+        if isinstance(targets, Mapping):
+            if set(targets) != set(names):
+                raise ValueError(
+                    f"targets: expected one for each of the losses {names}, got "
+                    f"{list(targets)}"
+                )
+            return targets
+        given = [targets] if isinstance(targets, Tensor) else list(targets)
+        if len(given) != len(names):
+            raise ValueError(
+                f"targets: expected {len(names)}, one for each of the losses {names}, got "
+                f"{len(given)}"
+            )
+        return dict(zip(names, given, strict=True))
 
     def eval_losses_on_samples(
         self, output: Any, generator: Generator | None = None

@@ -149,13 +149,12 @@ class KFAC(torch.optim.Optimizer):
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = _complete(layer_collection, model, loss, output)
-        self._names: dict[Tensor, str] = {
-            param: name for name, param in model.named_parameters()
-        }
-        super().__init__(_param_groups(self._names, layers, momentum), defaults)
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        super().__init__(_param_groups(names, layers, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
         self._model = model
+        self._names = names
         self._damping = damping
         self._momentum_type = momentum_type
         self._cov_ema_decay = cov_ema_decay
@@ -177,7 +176,6 @@ class KFAC(torch.optim.Optimizer):
         self._updates = UpdateRule(
             self, model, self.estimator, self._names, momentum_type, damping
         )
-        self.estimator.capture.keep_forwards = self._updates.modelled
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -203,33 +201,35 @@ class KFAC(torch.optim.Optimizer):
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
                 inverses are unchanged. A λ that adapts is raised instead.
         """
-        adapts = self._updates.rule is not None
-        trial = Trial(self._model, self.estimator, closure, adapts)
-        value = trial.first()
-        params, grads = self._gradients()
-        self.estimator.check_loss(value)
-        if self.estimator.sums_gradients and self.estimator.num_terms:
-            trial.num_terms = self.estimator.num_terms
-            grads = list(torch._foreach_div(grads, trial.num_terms))
-        burning = self._num_burnt < self._num_burnin_steps
-        collected = self.estimator.collecting and self.estimator.has_statistics()
-        bad = self._update_statistics(collected, grads, burning)
-        if not burning and not bad and params:
-            bad = self._move(params, grads, trial)
-        self.estimator.capture.forwards.clear()
-        if bad:
-            self._skip(", ".join(bad))
-        if burning:
-            self._num_burnt += 1
+        try:
+            adapts = self._updates.rule is not None
+            trial = Trial(self._model, self.estimator, closure, adapts)
+            value = trial.first()
+            params, grads = self._gradients()
+            self.estimator.check_loss(value)
+            if self.estimator.sums_gradients and self.estimator.num_terms:
+                trial.num_terms = self.estimator.num_terms
+                grads = list(torch._foreach_div(grads, trial.num_terms))
+            burning = self._num_burnt < self._num_burnin_steps
+            collected = self.estimator.collecting and self.estimator.has_statistics()
+            bad = self._update_statistics(collected, grads, burning)
+            if not burning and not bad:
+                bad = self._move(params, grads, trial)
+            if bad:
+                self._skip(", ".join(bad))
+            if burning:
+                self._num_burnt += 1
+                return value
+            self._num_steps += 1
+            if collected and not bad:
+                self.estimator.collecting = False  # else it stays due
+            if self._num_steps % self._cov_update_every == 0:
+                self.estimator.collecting = True
+            if self._num_steps % self._invert_every == 0:
+                self._inverses_due = True
             return value
-        self._num_steps += 1
-        if collected and not bad:
-            self.estimator.collecting = False  # else it stays due
-        if self._num_steps % self._cov_update_every == 0:
-            self.estimator.collecting = True
-        if self._num_steps % self._invert_every == 0:
-            self._inverses_due = True
-        return value
+        finally:
+            self.estimator.capture.forwards.clear()
 
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
@@ -280,12 +280,15 @@ class KFAC(torch.optim.Optimizer):
         group, rule = self.param_groups[0], self._updates.rule
         if callable(self._damping):
             group["damping"] = damping_at(self._damping, self._num_steps)
+        if not params:
+            self._update_inverses()
+            return []
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        self._announce_others(params)
         due = rule is not None and (self._num_steps + 1) % rule.interval == 0
         step = self._updates.propose(params, grads, with_prediction=due)
+        self._announce_others(params)
         if not step.finite:
             return ["the gradient"]
         torch._foreach_add_(step.params, step.deltas)

@@ -16,7 +16,6 @@ which directions (the optimizer's business), and how `λ` follows (`damping.py`)
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +195,6 @@ def _factor_products(
     direction: Mapping[str, Tensor],
 ) -> list[tuple[Tensor, int]]:
     """`√coeff Bᵀ J d` and the number of loss terms, for each loss."""
-    result = []
     with forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype))
@@ -205,20 +203,23 @@ def _factor_products(
         try:
             output = forward(duals)
         except (NotImplementedError, RuntimeError) as error:
-            if "forward AD" not in str(error):
+            if not any(sign in str(error) for sign in ("forward AD", "forward mode AD")):
                 raise
             raise RuntimeError(
                 "the quadratic model differentiates the network in forward mode, which one "
                 f"of its operations does not have: {error}. Expected one that has: use "
                 'another, or momentum_type="regular"'
             ) from error
-        for loss, coeff in losses(output):
-            z, tangent = forward_ad.unpack_dual(loss.inputs)
-            if tangent is None:  # this output depends on none of the parameters
-                tangent = torch.zeros_like(z)
-            product = loss.multiply_fisher_factor_transpose(tangent)
-            column = forward_ad.unpack_dual(product).primal
-            result.append((coeff**0.5 * column, loss.num_terms))
+        found = [
+            (loss, coeff, forward_ad.unpack_dual(loss.inputs).tangent)
+            for loss, coeff in losses(output)
+        ]
+    result = []
+    for loss, coeff, tangent in found:  # here the losses have no tangents any more
+        if tangent is None:  # this output depends on none of the parameters
+            tangent = torch.zeros_like(loss.inputs)
+        column = loss.multiply_fisher_factor_transpose(tangent)
+        result.append((column if coeff == 1 else coeff**0.5 * column, loss.num_terms))
     return result
 
 
@@ -230,11 +231,12 @@ def rerun(
     Buffers, the running statistics of a batch norm, are copies that are thrown away.
     """
 
+    # Those that are left out are the model's own, out of reach of the user's graph.
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
     def forward(params: Mapping[str, Tensor]) -> Any:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        # Those that are left out are the model's own, out of reach of the user's graph.
-        own = {n: p.detach() for n, p in model.named_parameters() if n not in params}
-        state = dict(itertools.chain(own.items(), buffers.items(), params.items()))
-        return functional_call(model, state, args, dict(kwargs))
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(model, {**own, **copies, **params}, args, dict(kwargs))
 
     return forward

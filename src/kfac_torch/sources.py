@@ -64,10 +64,12 @@ class BatchMoments:
         params = [p for block in self._generic.values() for p in block.params]
         if params:
             # Gradients of parameters mix the examples, so each is a source of its own.
-            for example in range(z.shape[0]):
-                alone = torch.zeros_like(columns)
-                alone[:, example] = columns[:, example]
-                self._add_params(source_grads([z], [alone], params))
+            size = sum(param.nbytes for param in params)
+            for chunk in columns.split(max(1, _BUFFER_BYTES // max(1, size))):
+                for example in range(z.shape[0]):
+                    alone = torch.zeros_like(chunk)
+                    alone[:, example] = chunk[:, example]
+                    self._add_params(source_grads([z], [alone], params))
 
     def add_user_grads(self, scale: float) -> None:
         """Add what the user's backward brought to the layer outputs, times `scale`."""

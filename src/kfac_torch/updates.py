@@ -108,6 +108,7 @@ class UpdateRule:
         self._momentum_type = momentum_type
         self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
         self._undamped = False
+        estimator.capture.keep_forwards = self.modelled
 
     @property
     def modelled(self) -> bool:

@@ -335,6 +335,7 @@ class LayerFactorFB(SingleFactorFB):
 
     Raises:
         TypeError: a module of another type.
+        ValueError: a frozen weight, or modules that do not share their parameters.
     """
 
     layer_types: tuple[type[nn.Module], ...] = ()
@@ -349,7 +350,7 @@ class LayerFactorFB(SingleFactorFB):
         first = module if isinstance(module, nn.Module) else module[0]
         name = name or type(first).__name__
         layers = check_modules(module, self.layer_types, name)
-        super().__init__(layer_params(first), layers, name, options)
+        super().__init__(layer_params(first, name), layers, name, options)
         self.module: Any = first
         self.has_bias = len(self.params) > 1
 
@@ -405,8 +406,19 @@ def check_modules(
     return layers
 
 
-def layer_params(module: Any) -> list[nn.Parameter]:
-    """Return the weight, and the bias if there is one and it is trained."""
+def layer_params(module: Any, name: str) -> list[nn.Parameter]:
+    """Return the weight, and the bias if there is one and it is trained.
+
+    Raises:
+        ValueError: there is no weight, or it is frozen.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.requires_grad:
+        what = "none" if weight is None else "a frozen one"
+        raise ValueError(
+            f"layer {name}: expected a layer with a trained weight, got {what}: {module}; "
+            "register the parameters that are trained with register_generic"
+        )
     bias = getattr(module, "bias", None)
     if isinstance(bias, nn.Parameter) and bias.requires_grad:
         return [module.weight, bias]

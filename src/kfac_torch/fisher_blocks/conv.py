@@ -121,21 +121,28 @@ class ConvKFCBasicFB(KroneckerProductFB):
 class ConvDiagonalFB(LayerFactorFB):
     """The exact diagonal of a convolution's block, with or without a bias and groups.
 
+    `V [in(+1), out]` whatever the groups: a diagonal has no products between channels.
+    The rows of `in` are those of one group, each output's own.
+
+    Args:
+        module: the layer, or several that share all their parameters.
+        name: of the layer, for messages and checkpoints.
+        options: of the factors.
+
     Raises:
         TypeError: a module of another type.
         NotImplementedError: a layer that is called several times in a forward.
+
+    >>> import torch
+    >>> block = ConvDiagonalFB(nn.Conv2d(4, 2, 3, groups=2))
+    >>> block.instantiate_factors(damping=0.1)
+    >>> x, g = torch.ones(8, 4, 5, 5), torch.ones(8, 2, 3, 3)
+    >>> block.accumulate(block.moments([x], [[g]], num_terms=8), decay=0.95)
+    >>> tuple(block.factors[0].get_cov_var().shape)
+    (19, 2)
     """
 
     layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    def __init__(
-        self,
-        module: nn.Module | Sequence[nn.Module],
-        name: str | None = None,
-        options: FactorOptions = FactorOptions(),
-    ) -> None:
-        super().__init__(module, name, options)
-        self.groups = self.module.groups
 
     def _make_factors(self) -> tuple[Any, ...]:
         conv = self.module
@@ -180,8 +187,18 @@ def _check_depthwise(conv: Any, name: str) -> None:
 class DepthwiseConvKFCBasicFB(ConvKFCBasicFB):
     """The Kronecker block of a depthwise convolution: one product per input channel.
 
+    Args:
+        module: the layer, with as many groups as input channels.
+        name: of the layer, for messages and checkpoints.
+        options: of the factors.
+
     Raises:
+        TypeError: a module of another type.
         ValueError: a convolution that is not depthwise.
+
+    >>> DepthwiseConvKFCBasicFB(nn.Conv2d(4, 2, 3, groups=2), "conv")
+    Traceback (most recent call last):
+    ValueError: layer conv: expected a depthwise convolution (groups=in_channels), got ...
     """
 
     def __init__(
@@ -197,8 +214,12 @@ class DepthwiseConvKFCBasicFB(ConvKFCBasicFB):
 class DepthwiseConvDiagonalFB(ConvDiagonalFB):
     """The exact diagonal of a depthwise convolution's block.
 
-    Raises:
-        ValueError: a convolution that is not depthwise.
+    Arguments and errors as `DepthwiseConvKFCBasicFB`.
+
+    >>> block = DepthwiseConvDiagonalFB(nn.Conv2d(2, 6, 3, groups=2))
+    >>> block.instantiate_factors(damping=0.1)
+    >>> tuple(block.factors[0].get_cov_var().shape)
+    (10, 6)
     """
 
     def __init__(

@@ -3,6 +3,11 @@
 A one-hot input has the second moment `A = diag(counts)/R`: as many numbers as words,
 never a vocabulary x vocabulary matrix. `F = T · A ⊗ G` with `G` the second moment of the
 gradients at the outputs and `R` the ids. Sparse gradients stay sparse.
+
+A `padding_idx` has no gradient: it is not counted, and its rows of `G` are zero. Of `r`
+other ids `A = diag(counts)/r`, while `G` is still divided by all `R`, so that `T · A ⊗ G`
+is as if the padding were not there (of several micro-batches up to how their shares of
+padding differ).
 """
 
 from __future__ import annotations
@@ -73,13 +78,25 @@ class EmbeddingKFACFB(KroneckerProductFB):
     def input_moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the counts of all ids, over their number."""
         A, _ = self._sides()
-        return [A.new_cov([[torch.cat([ids.flatten() for ids in inputs])]])]
+        padding = self.module.padding_idx
+        counts = A.new_cov([[torch.cat([ids.flatten() for ids in inputs])]])
+        if padding is None:
+            return [counts]
+        # The share of padding is known on the device alone; all of it is no reason to
+        # divide by 0.
+        share = counts[padding].clone()
+        counts[padding] = 0
+        return [counts / torch.where(share < 1, 1 - share, 1)]
 
     def grad_moments(
         self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
-        """Return the moment of `G`; rows of the padding id have no gradient."""
+        """Return the moment of `G`; the padding id has no gradient."""
         _, G = self._sides()
+        padding = self.module.padding_idx
+        if padding is not None:
+            kept = [(ids != padding).unsqueeze(-1) for ids in inputs]
+            grads = [grad * some for grad, some in zip(grads, kept, strict=True)]
         return [G.summed_cov(torch.cat([grad.flatten(1, -2) for grad in grads], dim=1))]
 
     def multiply_matpower(self, vector: Tensor, exp: float) -> Tensor:

@@ -47,6 +47,7 @@ class KroneckerProductFB(FisherBlock):
 
     Raises:
         TypeError: a module of another type.
+        ValueError: a frozen weight, or modules that do not share their parameters.
         RuntimeError: use before `instantiate_factors`.
     """
 
@@ -62,7 +63,7 @@ class KroneckerProductFB(FisherBlock):
         first = module if isinstance(module, nn.Module) else module[0]
         name = name or type(first).__name__
         layers = check_modules(module, self.layer_types, name)
-        super().__init__(layer_params(first), layers, name, options)
+        super().__init__(layer_params(first, name), layers, name, options)
         self.module: Any = first
         self.has_bias = len(self.params) > 1
 

@@ -24,7 +24,18 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 class _ScaleAndShiftFB(LayerFactorFB):
-    """The two blocks of a scale and a shift; `V` is a column `[n, 1]` (abstract)."""
+    """The two blocks of a scale and a shift; `V` is a column `[n, 1]` (abstract).
+
+    Args:
+        module: the layer, or several that share all their parameters.
+        name: of the layer, for messages and checkpoints.
+        options: of the factors.
+
+    Raises:
+        TypeError: a module of another type.
+        ValueError: a layer without a trained scale; by `grad_moments`, calls with batches
+            of different size.
+    """
 
     layer_types = (
         nn.LayerNorm,
@@ -62,7 +73,8 @@ class _ScaleAndShiftFB(LayerFactorFB):
     ) -> list[Tensor]:
         """Return the moment; all calls of an example belong to one gradient."""
         self.check_one_batch_size(inputs)
-        x = torch.cat([self._rows(normalize(self.module, a)) for a in inputs], 1)
+        dtype = accumulation_dtype(self.params[0])
+        x = torch.cat([self._rows(normalize(self.module, a.to(dtype))) for a in inputs], 1)
         g = torch.cat(
             [self._rows(grad.flatten(0, 1)).unflatten(0, grad.shape[:2]) for grad in grads],
             2,
@@ -104,9 +116,10 @@ class ScaleAndShiftDiagonalFB(_ScaleAndShiftFB):
 
 
 def normalize(module: Any, inputs: Tensor) -> Tensor:
-    """Return what a normalisation layer in training mode scales: its output without affine.
+    """Return what a normalisation layer scales: its output without scale and shift.
 
-    Running statistics are neither used nor changed.
+    With the statistics that the layer uses: running ones only where it is in `eval` mode
+    and keeps them. They are not changed.
 
     >>> normalize(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]))
     tensor([[-1.0000,  1.0000]])
@@ -118,6 +131,10 @@ def normalize(module: Any, inputs: Tensor) -> Tensor:
         return functional.rms_norm(inputs, module.normalized_shape, eps=eps)
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(inputs, module.num_groups, eps=eps)
+    running = None, None
+    if not module.training and module.running_mean is not None:
+        running = module.running_mean.to(inputs), module.running_var.to(inputs)
+    own = running[0] is None
     if isinstance(module, _INSTANCE_NORMS):
-        return functional.instance_norm(inputs, eps=eps)
-    return functional.batch_norm(inputs, None, None, training=True, eps=eps)
+        return functional.instance_norm(inputs, *running, use_input_stats=own, eps=eps)
+    return functional.batch_norm(inputs, *running, training=own, eps=eps)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..damping import DampingFunc
@@ -24,6 +25,7 @@ from ..fisher_factors import (
     series_option2_product,
 )
 from ..fisher_factors.data import check_choice
+from ..fisher_factors.linear import rows_moment
 from .base import Moment, accumulation_dtype, no_data
 from .conv import ConvKFCBasicFB
 from .kronecker import KroneckerProductFB
@@ -85,7 +87,8 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         time_dim: the input's dimension that is time, where one call has all steps.
 
     Raises:
-        ValueError: another option; by `input_moments`, calls of different shape.
+        ValueError: another option; by `input_moments`, calls of different shape, or one
+            call with several dimensions of which none is `time_dim`.
         TypeError: a module of another type.
         NotImplementedError: an exponent other than -1, or a Cholesky factor.
     """
@@ -167,6 +170,12 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         if len(tensors) == 1 and self._time_dim is not None:
             dim = self._time_dim + (sources if self._time_dim >= 0 else 0)
             tensors = tensors[0].unbind(dim)
+        elif len(tensors) == 1 and tensors[0].dim() > sources + 2:
+            raise ValueError(
+                f"layer {self.name}: expected a call for every time step, got one with "
+                f"shape {tuple(tensors[0].shape[sources:])}; say which dimension is time "
+                "with time_dim="
+            )
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise ValueError(
@@ -178,14 +187,26 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
     def input_moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the moments of the inputs, `A0` and `A1`."""
         A, _ = self._sides()
-        return [A.new_cov([[tuple(self._steps(inputs))]])]
+        steps = self._steps(inputs)
+        if len(steps) == 1:
+            return [self._single_step(steps[0], self.has_bias)]
+        return [A.new_cov([[tuple(steps)]])]
 
     def grad_moments(
         self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
     ) -> list[Tensor]:
         """Return the moments of the gradients, `G0` and `G1`, summed over sources."""
         _, G = self._sides()
-        return [G.summed_cov(*self._steps(grads, sources=1))]
+        steps = self._steps(grads, sources=1)
+        if len(steps) == 1:
+            return [self._single_step(steps[0], False) * len(steps[0])]
+        return [G.summed_cov(*steps)]
+
+    def _single_step(self, rows: Tensor, has_bias: bool) -> Tensor:
+        """The moment of a sequence of one step, which has no lag."""
+        rows = rows.flatten(0, -2).to(self.dtype)
+        moment = rows_moment(rows, has_bias)
+        return torch.stack([moment, torch.zeros_like(moment)])
 
     def num_uses(self, inputs: Sequence[Tensor]) -> int:
         """`T`: the steps of an example."""

@@ -269,7 +269,7 @@ class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
         C = self._conv.channels
         return (C, C), (C,), (C,), (2,)
 
-    def _powers(self) -> list[Stored]:
+    def _exponents(self) -> list[Stored]:
         return []  # none by an eigendecomposition of the dense matrix
 
     def _by_cholesky(self, eigen: bool) -> dict[Hashable, list[Stored]]:

@@ -53,7 +53,7 @@ class InverseProvidingFactor(FisherFactor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._stored: dict[tuple[Function, Hashable], Stored] = {}
+        self._powers: dict[tuple[Function, Hashable], Stored] = {}
         self._eigendecomp: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._eigendecomp_requested = False
 
@@ -84,7 +84,7 @@ class InverseProvidingFactor(FisherFactor):
         self._register(_CHOLESKY_INVERSE, damping_func, damping_id(damping_func))
 
     def _register(self, function: Function, damping: DampingFunc, key: Hashable) -> None:
-        self._stored.setdefault((function, key), Stored(function, damping, key))
+        self._powers.setdefault((function, key), Stored(function, damping, key))
 
     def instantiate_inv_variables(self) -> None:
         """Make the matrices for what is registered.
@@ -92,8 +92,8 @@ class InverseProvidingFactor(FisherFactor):
         Raises:
             RuntimeError: there is nothing new to instantiate since the last call.
         """
-        new = [stored for stored in self._stored.values() if not stored.tensors]
-        if self._stored and not new:
+        new = [stored for stored in self._powers.values() if not stored.tensors]
+        if self._powers and not new:
             raise RuntimeError(
                 f"{self.name}: instantiate_inv_variables() was called twice; call it once "
                 "after registering"
@@ -121,7 +121,7 @@ class InverseProvidingFactor(FisherFactor):
         `make_inverse_update_ops` also decomposes where `get_eigendecomp` has been called
         since its last call.
         """
-        exps = [stored.function for stored in self._powers()]
+        exps = [stored.function for stored in self._exponents()]
         threshold = self._options.eigenvalue_decomposition_threshold
         return any(exp != -1 for exp in exps) or exps.count(-1) >= threshold
 
@@ -137,7 +137,7 @@ class InverseProvidingFactor(FisherFactor):
         eigen = self._eigendecomp_requested or self.uses_eigendecomp()
         self._eigendecomp_requested = False
         ops = list[Callable[[], None]]()
-        if eigen and self._powers():
+        if eigen and self._exponents():
             ops.append(lambda: _store(self._powers_by_eigendecomp()))
         for wanted in self._by_cholesky(eigen).values():
             ops.append(lambda wanted=wanted: _store(_factorise([(self, wanted)])))
@@ -148,7 +148,7 @@ class InverseProvidingFactor(FisherFactor):
     @property
     def is_refreshed(self) -> bool:
         """Whether all that is registered has been computed at least once."""
-        return all(stored.refreshed for stored in self._stored.values())
+        return all(stored.refreshed for stored in self._powers.values())
 
     def get_eigendecomp(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues `[..., n]` and eigenvectors `[..., n, n]` of the current `C`.
@@ -171,9 +171,9 @@ class InverseProvidingFactor(FisherFactor):
         return self._eigendecomp[1]
 
     def _instantiated(self) -> list[Stored]:
-        return [stored for stored in self._stored.values() if stored.tensors]
+        return [stored for stored in self._powers.values() if stored.tensors]
 
-    def _powers(self) -> list[Stored]:
+    def _exponents(self) -> list[Stored]:
         return [s for s in self._instantiated() if isinstance(s.function, float)]
 
     def _by_cholesky(self, eigen: bool) -> dict[Hashable, list[Stored]]:
@@ -203,7 +203,7 @@ class InverseProvidingFactor(FisherFactor):
         return {key: evaluate_damping(func, self.name) for key, func in funcs.items()}
 
     def _powers_by_eigendecomp(self) -> list[Computed]:
-        powers = self._powers()
+        powers = self._exponents()
         values = self._evaluated(powers)
         e, V = self._current_eigendecomp()
         computed = list[Computed]()
@@ -250,7 +250,7 @@ class InverseProvidingFactor(FisherFactor):
     def _get(
         self, function: Function, damping_func: DampingFunc, what: str, register: str
     ) -> tuple[Tensor, ...]:
-        stored = self._stored.get((function, damping_id(damping_func)))
+        stored = self._powers.get((function, damping_id(damping_func)))
         if stored is None:
             raise KeyError(
                 f"{self.name}: {what} with this damping is not registered; call "
@@ -350,7 +350,7 @@ class InverseProvidingFactor(FisherFactor):
         """Move the state to a device; data given later is moved there too."""
         super().to(device)
         self._eigendecomp = None
-        for stored in self._stored.values():
+        for stored in self._powers.values():
             stored.tensors = tuple(tensor.to(self._device) for tensor in stored.tensors)
         return self
 
@@ -366,7 +366,7 @@ class InverseProvidingFactor(FisherFactor):
                 "tensors": [tensor.clone() for tensor in stored.tensors],
                 "refreshed": stored.refreshed,
             }
-            for stored in self._stored.values()
+            for stored in self._powers.values()
         ]
         return {
             **super().state_dict(),
@@ -377,7 +377,7 @@ class InverseProvidingFactor(FisherFactor):
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError where `load_state_dict` would not fit; changes nothing."""
         super().check_state_dict(state)
-        registered = [stored.function for stored in self._stored.values()]
+        registered = [stored.function for stored in self._powers.values()]
         found = [power["exp"] for power in state["powers"]]
         if registered != found:
             raise ValueError(
@@ -394,7 +394,7 @@ class InverseProvidingFactor(FisherFactor):
         super().load_state_dict(state)
         self._eigendecomp = None
         self._eigendecomp_requested = state["eigendecomp_requested"]
-        for stored, power in zip(self._stored.values(), state["powers"], strict=True):
+        for stored, power in zip(self._powers.values(), state["powers"], strict=True):
             stored.tensors = tuple(
                 tensor.to(self._device, self._dtype, copy=True)
                 for tensor in power["tensors"]

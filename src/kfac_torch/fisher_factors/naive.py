@@ -25,7 +25,9 @@ from .inverse_providing import InverseProvidingFactor
 
 def flatten_gradients(tensors: Sequence[Tensor], dtype: torch.dtype, lead: int) -> Tensor:
     """Concatenate gradients of several parameters, behind `lead` leading dimensions."""
-    return torch.cat([tensor.flatten(lead) for tensor in tensors], dim=lead).to(dtype)
+    # Not flatten(lead), which a parameter without dimensions has not got.
+    rows = [tensor.reshape(*tensor.shape[:lead], -1) for tensor in tensors]
+    return torch.cat(rows, dim=lead).to(dtype)
 
 
 class ParamsGradsFactor(FisherFactor, abc.ABC):

@@ -254,9 +254,9 @@ class NegativeLogProbLoss(LossFunction):
     def sample_gradient(self, generator: Generator | None = None) -> Tensor:
         """Return the gradient at `z` for targets drawn from the model's distribution."""
         targets = self.sample(generator)
-        return torch.func.grad(lambda z: self._at(z).evaluate_on_targets(targets))(
-            self._inputs.detach()
-        )
+        with torch.enable_grad():
+            z = self._inputs.detach().requires_grad_()
+            return torch.autograd.grad(self._at(z).evaluate_on_targets(targets), z)[0]
 
 
 def insert_slice_in_zeros(slice: Tensor, dim: int, size: int, pos: int) -> Tensor:

@@ -41,6 +41,11 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """Draw zeros and ones, in the shape and dtype of `z`."""
         return torch.bernoulli(self._p(), generator=generator)
 
+    def sample_gradient(self, generator: Generator | None = None) -> Tensor:
+        """Return `σ(z) − y` for drawn targets."""
+        p = self._p()
+        return p - torch.bernoulli(p, generator=generator)
+
     def evaluate_on_targets(self, targets: Tensor) -> Tensor:
         """Return `−Σ y log σ(z) + (1 − y) log(1 − σ(z))`."""
         return functional.binary_cross_entropy_with_logits(

@@ -1,0 +1,539 @@
+"""Every block against the dense Fisher: the whole of it, or its diagonal.
+
+A layer or an approximation is a row. Rows of `EXACT` hold for every net, batch and loss;
+those of `LINEAR` for nets that are linear in their parameters, with the square loss.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from dense_fisher import dense_fisher
+from torch import nn
+
+from kfac_torch import fisher_blocks as fb
+from kfac_torch.estimator import FisherEstimator
+from kfac_torch.layer_collection import LayerCollection
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Case(NamedTuple):
+    make: Callable  # -> model
+    inputs: Callable  # -> what the model is called with
+    register: Callable  # (layers, model)
+    diagonal: bool = True  # whether the block is the diagonal of the exact one
+
+
+class Pool(nn.Module):
+    """The mean over all dimensions between the first and the last."""
+
+    def forward(self, x):
+        return x.flatten(1, -2).mean(1)
+
+
+class Looped(nn.Module):
+    """One layer, called several times, on inputs of several lengths."""
+
+    def __init__(self, layer=None, out=3):
+        super().__init__()
+        self.layer = layer or nn.Linear(3, 3)
+        self.head = nn.Linear(3, out)
+
+    def forward(self, x):
+        x = self.layer(torch.tanh(self.layer(x)))
+        return self.head(torch.tanh(self.layer(x.mean(1)) + self.layer(x[:, 0])))
+
+
+class Tied(nn.Module):
+    """Two modules that share their parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Functional(nn.Module):
+    """Parameters without a layer, used several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(3, 3))
+        self.scale = nn.Parameter(torch.randn(()))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        scores = self.scale * torch.einsum("nti,ij,nsj->nts", x, self.q, x)
+        return self.head((scores.softmax(-1) @ x @ self.q).mean(1))
+
+
+class Normed(nn.Module):
+    """A normalisation layer between two nonlinear maps."""
+
+    def __init__(self, norm, calls=1):
+        super().__init__()
+        self.norm, self.calls = norm, calls
+        for param in norm.parameters():
+            nn.init.normal_(param)
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = torch.tanh(self.norm(x)) + 0.1 * x
+        return x.flatten(1)[:, :6].reshape(-1, 3, 2).tanh().mean(1)
+
+
+def randn(*shape):
+    return lambda: torch.randn(shape)
+
+
+def ids(*shape):
+    return lambda: torch.randint(5, shape)
+
+
+def tanh_net():
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)
+    )
+
+
+def tokens_net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Pool(), nn.Linear(4, 2))
+
+
+def conv_net(conv):
+    channels = conv.out_channels
+    return nn.Sequential(conv, nn.Tanh(), nn.Flatten(2), nn.AdaptiveAvgPool1d(2),
+                         nn.Flatten(), nn.Tanh(), nn.Linear(2 * channels, 3))  # fmt: skip
+
+
+def first(method, approx, **kwargs):
+    def register(layers, model):
+        getattr(layers, f"register_{method}")(model[0], approx=approx, **kwargs)
+
+    return register
+
+
+def middle(approx):
+    return lambda layers, model: layers.register_fully_connected(model[2], approx)
+
+
+def generic(approx, *names):
+    def register(layers, model):
+        params = dict(model.named_parameters())
+        layers.register_generic([params[name] for name in names], approx)
+
+    return register
+
+
+def norm(approx):
+    return lambda layers, model: layers.register_scale_and_shift(model.norm, approx)
+
+
+def block(kind, *names):
+    def register(layers, model):
+        modules = [model.get_submodule(name) for name in names]
+        layers.register_block(kind(modules, "layer"))
+
+    return register
+
+
+LINEAR_DIAGONALS = {
+    "linear": Case(tanh_net, randn(6, 3), middle("diagonal")),
+    "linear over tokens": Case(
+        tokens_net, randn(4, 5, 3), first("fully_connected", "diagonal")
+    ),
+    "linear over two dimensions": Case(
+        tokens_net, randn(3, 2, 2, 3), first("fully_connected", "diagonal")
+    ),
+    "linear, a loss for each token": Case(tanh_net, randn(4, 5, 3), middle("diagonal")),
+    "linear, several calls": Case(
+        Looped, randn(4, 5, 3), block(fb.FullyConnectedDiagonalFB, "layer")
+    ),
+    "linear, tied": Case(
+        Tied, randn(5, 3), block(fb.FullyConnectedDiagonalFB, "a", "b")
+    ),
+}  # fmt: skip
+CONVS = {
+    "1d, same": (nn.Conv1d, (2, 3, 4), {"padding": "same", "dilation": 2}, (7,)),
+    "2d": (nn.Conv2d, (2, 3, (2, 3)), {"padding": (1, 0), "bias": False}, (4, 5)),
+    "2d, strided": (nn.Conv2d, (2, 3, 3), {"stride": (2, 1), "padding": 1}, (6, 5)),
+    "2d, dilated": (nn.Conv2d, (2, 3, 2), {"dilation": (2, 3), "padding": 1}, (5, 6)),
+    "2d, circular": (nn.Conv2d, (2, 3, 3), {"padding": 1, "padding_mode": "circular"},
+                     (4, 4)),
+    "2d, groups": (nn.Conv2d, (4, 6, 2), {"groups": 2, "stride": 2, "padding": 1}, (4, 5)),
+    "3d, groups": (nn.Conv3d, (2, 4, 2), {"groups": 2}, (3, 2, 3)),
+}  # fmt: skip
+DEPTHWISE = {
+    "depthwise": (nn.Conv2d, (3, 3, 2), {"groups": 3, "bias": False}, (3, 4)),
+    "depthwise, multiplier": (nn.Conv2d, (2, 6, 3), {"groups": 2, "padding": 1}, (3, 3)),
+}
+
+
+def conv_cases(table, method, approx, net=conv_net, batch=3, diagonal=True):
+    return {
+        f"{method} {name}, {approx}": Case(
+            lambda kind=kind, args=args, kwargs=kwargs: net(kind(*args, **kwargs)),
+            randn(batch, args[0], *space),
+            first(method, approx),
+            diagonal,
+        )
+        for name, (kind, args, kwargs, space) in table.items()
+    }
+
+
+NORMS = {
+    "layer norm": (lambda: nn.LayerNorm(3), (4, 5, 3)),
+    "layer norm, two dimensions": (lambda: nn.LayerNorm((2, 3)), (4, 5, 2, 3)),
+    "layer norm, no shift": (lambda: nn.LayerNorm(6, bias=False), (4, 6)),
+    "RMS norm": (lambda: nn.RMSNorm(3), (4, 5, 3)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 4, 2, 3)),
+    "instance norm": (lambda: nn.InstanceNorm2d(3, affine=True), (4, 3, 2, 3)),
+    "instance norm, kept statistics": (
+        lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True).eval(),
+        (4, 3, 5),
+    ),
+    "batch norm, rows": (lambda: nn.BatchNorm1d(6), (7, 6)),
+    "batch norm, images": (lambda: nn.BatchNorm2d(3), (4, 3, 2, 2)),
+    "batch norm, volumes": (lambda: nn.BatchNorm3d(2), (4, 2, 2, 1, 3)),
+}
+
+
+def frozen_batch_norm():
+    norm = nn.BatchNorm1d(3, momentum=0.5)
+    norm(3 + 2 * torch.randn(10, 3, 4))
+    return Normed(norm.eval(), calls=2)
+
+
+NORM_CASES = {
+    f"{name}, {approx}": Case(
+        lambda make=make: Normed(make()), randn(*shape), norm(approx), approx == "diagonal"
+    )
+    for name, (make, shape) in NORMS.items()
+    for approx in ("full", "diagonal")
+} | {
+    "layer norm, called twice": Case(
+        lambda: Normed(nn.LayerNorm(3), calls=2), randn(4, 5, 3), norm("full"), False
+    ),
+    "batch norm in eval mode": Case(
+        frozen_batch_norm, randn(4, 3, 4), norm("full"), False
+    ),
+}  # fmt: skip
+GENERIC = {
+    f"generic {name}, {approx}": Case(make, inputs, register(approx), approx == "diagonal")
+    for approx in ("full", "diagonal")
+    for name, make, inputs, register in (
+        ("tanh net", tanh_net, randn(5, 3), lambda a: generic(a, "0.weight", "2.bias")),
+        ("functional", Functional, randn(4, 3, 3), lambda a: generic(a, "q", "scale")),
+        ("linear", tanh_net, randn(5, 3), middle),
+        ("tokens", tokens_net, randn(4, 5, 3), lambda a: first("fully_connected", a)),
+        ("embedding",
+         lambda: nn.Sequential(nn.Embedding(5, 3), Pool(), nn.Tanh(), nn.Linear(3, 2)),
+         ids(4, 6), lambda a: first("embedding", a)),
+        ("conv", lambda: conv_net(nn.Conv1d(2, 3, 2)), randn(3, 2, 4),
+         lambda a: first("convolution", a)),
+        ("depthwise", lambda: conv_net(nn.Conv1d(2, 4, 2, groups=2)), randn(3, 2, 4),
+         lambda a: first("depthwise_conv2d", a)),
+    )
+}  # fmt: skip
+EXACT = {
+    **LINEAR_DIAGONALS,
+    **conv_cases(CONVS, "convolution", "diagonal"),
+    **conv_cases(DEPTHWISE, "depthwise_conv2d", "diagonal"),
+    **NORM_CASES,
+    **GENERIC,
+}
+
+
+class Repeat(nn.Module):
+    """A layer called on every use `x[:, t]`; the sum over uses, or all of them."""
+
+    def __init__(self, layer, total):
+        super().__init__()
+        self.layer, self.total = layer, total
+
+    def forward(self, x):
+        outputs = torch.stack([self.layer(use) for use in x.unbind(1)], dim=1)
+        return outputs.sum(1) if self.total else outputs
+
+
+def unrelated_uses(*shape):
+    """`[8, 3, *shape]` whose 3 uses have no correlation over the 8 examples."""
+
+    def make():
+        signs = torch.tensor([[1.0, 1, 1], [1, -1, 1], [1, 1, -1], [1, -1, -1]]).repeat(
+            2, 1
+        )
+        x = torch.randn(2, 3, *shape).repeat_interleave(4, 0)
+        return x * signs.view(8, 3, *[1] * len(shape))
+
+    return make
+
+
+def sole(method, approx, attribute="layer"):
+    return lambda layers, model: getattr(layers, f"register_{method}")(
+        getattr(model, attribute), approx=approx
+    )
+
+
+LINEAR = {
+    **conv_cases(CONVS, "convolution", "kron", nn.Sequential, diagonal=False),
+    **conv_cases(DEPTHWISE, "depthwise_conv2d", "kron", nn.Sequential, diagonal=False),
+    "embedding": Case(
+        lambda: nn.Sequential(nn.Embedding(5, 3)),
+        lambda: torch.tensor([0, 3, 3, 1, 3]),
+        first("embedding", "kron"),
+        False,
+    ),
+    "embedding, tokens": Case(
+        lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)),
+        ids(4, 6),
+        first("embedding", "kron"),
+        False,
+    ),
+    "embedding, padding": Case(
+        lambda: nn.Sequential(nn.Embedding(5, 3, padding_idx=3), nn.Linear(3, 2)),
+        lambda: torch.tensor([0, 3, 3, 1, 3, 1]),
+        first("embedding", "kron"),
+        False,
+    ),
+    "embedding, diagonal side": Case(
+        lambda: nn.Sequential(nn.Embedding(5, 3)),
+        ids(7),
+        first("embedding", "kron_both_diag"),
+        False,
+    ),
+    "embedding, one use of several": Case(
+        lambda: Repeat(nn.Embedding(5, 3), total=False),
+        ids(4, 1),
+        sole("embedding_multi", "kron_indep"),
+        False,
+    ),
+    "embedding, several uses": Case(
+        lambda: Repeat(nn.Embedding(5, 3), total=False),
+        ids(4, 3),
+        sole("embedding_multi", "kron_indep"),
+        False,
+    ),
+    "linear, one use": Case(
+        lambda: Repeat(nn.Linear(3, 2), total=True),
+        randn(6, 1, 3),
+        sole("fully_connected_multi", "kron_indep"),
+        False,
+    ),
+    "linear, uses with a loss each": Case(
+        lambda: Repeat(nn.Linear(3, 2), total=False),
+        randn(6, 3, 3),
+        sole("fully_connected_multi", "kron_indep"),
+        False,
+    ),
+    "linear, uncorrelated uses with one loss": Case(
+        lambda: Repeat(nn.Linear(3, 2, bias=False), total=True),
+        unrelated_uses(3),
+        sole("fully_connected_multi", "kron_indep"),
+        False,
+    ),
+    "conv, uncorrelated uses with one loss": Case(
+        lambda: Repeat(nn.Conv2d(2, 3, 2, bias=False), total=True),
+        unrelated_uses(2, 3, 4),
+        sole("conv2d_multi", "kron_indep"),
+        False,
+    ),
+}
+LOSSES = {
+    "normal": lambda layers: layers.register_normal_predictive_distribution(var=0.7),
+    "categorical": lambda layers: layers.register_categorical_predictive_distribution(),
+    "bernoulli": lambda layers: layers.register_multi_bernoulli_predictive_distribution(
+        coeff=1.5
+    ),
+}
+
+
+def registered(case, loss):
+    model = case.make()
+    layers = LayerCollection(model)
+    case.register(layers, model)
+    LOSSES[loss](layers)
+    (the_block,) = layers.blocks.values()
+    return model, layers, the_block
+
+
+def gather(model, layers, batches, mode="exact"):
+    estimator = FisherEstimator(None, 0.95, 0.1, layers, estimation_mode=mode)
+    for x in batches:
+        model(x)
+    assert estimator.update_covariances() == []
+    estimator.close()
+
+
+def assert_equal(actual, expected):
+    scale = expected.abs().max().item()
+    assert scale > 1e-6
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * scale)
+
+
+def assert_exact(case, loss, split):
+    model, layers, the_block = registered(case, loss)
+    x = case.inputs()
+    dense = dense_fisher(model, x, layers, the_block)
+    gather(model, layers, x.split(split) if split else [x])
+    actual = the_block.full_fisher_block()
+    expected = dense.diagonal().diag() if case.diagonal else dense
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_for_every_net(name, loss):
+    assert_exact(EXACT[name], loss, 0)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_exact_for_linear_nets_with_the_square_loss(name):
+    assert_exact(LINEAR[name], "normal", 0)
+
+
+@pytest.mark.parametrize("name", [n for n in EXACT | LINEAR if "batch norm, " not in n])
+def test_micro_batches_are_merged(name):
+    """Uneven ones; batch norm sees a batch as a whole."""
+    case = (EXACT | LINEAR)[name]
+    assert_exact(case, "normal", 2)
+
+
+class Heads(nn.Module):
+    """Two heads, of which one sees an earlier call of the shared layer alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 4)])
+
+    def forward(self, x):
+        early = torch.tanh(self.layer(x))
+        late = torch.tanh(self.layer(early))
+        return {"box": self.heads[0](early), "class": self.heads[1](late.flatten(1, -2))}
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        block(fb.FullyConnectedDiagonalFB, "layer"),
+        generic("full", "layer.weight", "layer.bias"),
+        generic("diagonal", "layer.weight"),
+    ],
+)
+def test_several_losses_add_up(register):
+    model = Heads()
+    layers = LayerCollection(model)
+    register(layers, model)
+    layers.register_categorical_predictive_distribution("class", coeff=0.3)
+    layers.register_squared_error_loss("box", coeff=2.0)
+    (the_block,) = layers.blocks.values()
+    x = torch.randn(5, 1, 3)
+    dense = dense_fisher(model, x, layers, the_block)
+    gather(model, layers, [x])
+    full = isinstance(the_block, fb.FullFB)
+    assert_equal(the_block.full_fisher_block(), dense if full else dense.diagonal().diag())
+
+
+@pytest.mark.parametrize("approx", ["diagonal", "full"])
+def test_sources_in_pieces_are_those_in_one(approx, monkeypatch):
+    """With room for a single gradient."""
+    monkeypatch.setattr("kfac_torch.sources._BUFFER_BYTES", 1)
+    assert_exact(Case(tanh_net, randn(4, 3), middle(approx), approx == "diagonal"),
+                 "categorical", 0)  # fmt: skip
+
+
+# Where a block is not exact: what defines the approximation.
+
+
+@pytest.mark.parametrize("inputs", [randn(6, 3), randn(4, 5, 3)], ids=["rows", "tokens"])
+@pytest.mark.parametrize(
+    ("method", "full"),
+    [("fully_connected", "kron"), ("fully_connected_multi", "kron_indep")],
+)
+def test_diagonal_sides_are_the_diagonals_of_the_full_ones(method, full, inputs):
+    model, x = tanh_net(), inputs()
+    blocks = {}
+    for ending in ("", "_in_diag", "_out_diag", "_both_diag"):
+        layers = LayerCollection(model)
+        getattr(layers, f"register_{method}")(model[2], approx=full + ending)
+        layers.register_categorical_predictive_distribution()
+        gather(model, layers, [x])
+        blocks[ending] = next(iter(layers.blocks.values()))
+    A, G = (factor.get_cov() for factor in blocks[""].factors)
+    T = blocks[""].num_locations
+    for ending, left, right in (
+        ("_in_diag", A.diagonal().diag(), G),
+        ("_out_diag", A, G.diagonal().diag()),
+        ("_both_diag", A.diagonal().diag(), G.diagonal().diag()),
+    ):
+        assert_equal(blocks[ending].full_fisher_block(), T * torch.kron(left, right))
+        assert_equal(
+            blocks[ending].full_fisher_block().trace(),
+            blocks[""].full_fisher_block().trace(),
+        )
+
+
+def white_images():
+    """`[16, 2, 6]`: no correlation of locations over the batch, channels correlated."""
+    hadamard = torch.ones(1, 1)
+    for _ in range(4):
+        hadamard = torch.kron(hadamard, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    white = hadamard[:, 1:13].reshape(16, 2, 6)
+    mixing, mean = torch.tensor([[1.0, 0.5], [0.0, 2.0]]), torch.tensor([0.7, -1.3])
+    return torch.einsum("ck,nkt->nct", mixing, white) + mean[:, None]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_spatially_uncorrelated_activations_are_exact_where_they_are(bias):
+    conv = nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular", bias=bias)
+    x, blocks = white_images(), []
+    for approx in ("kron", "kron_sua"):
+        model = nn.Sequential(conv)
+        layers = LayerCollection(model)
+        layers.register_convolution(conv, approx)
+        layers.register_squared_error_loss()
+        gather(model, layers, [x])
+        blocks.append(layers.blocks["0"].full_fisher_block())
+        if approx == "kron":
+            assert_equal(blocks[0], dense_fisher(model, x, layers, layers.blocks["0"]))
+    assert_equal(blocks[1], blocks[0])
+
+
+@pytest.mark.parametrize("mode", ["gradients", "curvature_prop"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tanh_net, randn(4, 3), middle("kron"), False),
+        Case(lambda: conv_net(nn.Conv2d(1, 2, 2)), randn(2, 1, 3, 3),
+             first("convolution", "kron"), False),
+        Case(tanh_net, randn(4, 3), generic("full", "0.weight", "2.bias"), False),
+    ],
+    ids=["linear", "conv", "generic"],
+)  # fmt: skip
+@pytest.mark.parametrize("loss", ["categorical", "bernoulli"])
+def test_random_modes_have_the_exact_mean(case, mode, loss):
+    """400 draws, five standard errors of every entry of the mean."""
+    model, layers, the_block = registered(case, loss)
+    x = case.inputs()
+    gather(model, layers, [x])
+    exact = the_block.full_fisher_block()
+    fresh = LayerCollection(model)
+    case.register(fresh, model)
+    LOSSES[loss](fresh)
+    (the_block,) = fresh.blocks.values()
+    estimator = FisherEstimator(None, 0.0, 0.1, fresh, estimation_mode=mode, seed=3)
+    draws = []
+    for _ in range(400):
+        model(x)
+        estimator.update_covariances()
+        draws.append(the_block.full_fisher_block().clone())
+    draws = torch.stack(draws)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
+    assert (error.diagonal() < 0.2 * exact.diagonal().max()).all()

@@ -1,0 +1,393 @@
+"""What every block's products have in common, each against its dense damped matrix.
+
+A block is a row of `CASES`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_torch import fisher_blocks as fb
+from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB
+from kfac_torch.fisher_factors import refresh_inverses
+
+pytestmark = pytest.mark.usefixtures("float64")
+DAMPING = 0.3
+
+
+class Case(NamedTuple):
+    make: Callable  # -> block
+    inputs: tuple  # shapes of a batch of 6, one per call; with "ids" in front for ids
+    outputs: tuple  # of the gradients, one per call, or per parameter
+    exps: tuple = (-1, -0.5, 0.5, 2, 1)
+    cholesky: bool = True
+
+
+def layer(kind, make, inputs, outputs, *rest, **kwargs):
+    return Case(lambda: kind(make(), "layer", **kwargs), (inputs,), (outputs,), *rest)
+
+
+LINEAR = (6, 4, 3), (6, 4, 2)
+CONV = (6, 2, 4, 5), (6, 3, 2, 4)
+GROUPED = (6, 4, 4, 5), (6, 6, 2, 4)
+DEPTHWISE = (6, 2, 4, 5), (6, 4, 2, 4)
+IDS = ("ids", 6, 2), (6, 2, 3)
+SERIES = (6, 4, 3), (6, 4, 2)
+BOTH = {"diagonal_approx_for_input": True, "diagonal_approx_for_output": True}
+INPUT = {"diagonal_approx_for_input": True}
+
+
+def linear():
+    return nn.Linear(3, 2)
+
+
+def conv():
+    return nn.Conv2d(2, 3, (3, 2))
+
+
+def grouped():
+    return nn.Conv2d(4, 6, (3, 2), groups=2)
+
+
+def depthwise():
+    return nn.Conv2d(2, 4, (3, 2), groups=2)
+
+
+def embedding():
+    return nn.Embedding(5, 3)
+
+
+def params():
+    return [nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(()))]
+
+
+CASES = {
+    "linear": layer(fb.FullyConnectedKFACBasicFB, linear, *LINEAR),
+    "linear, diagonal input": layer(fb.FullyConnectedKFACBasicFB, linear, *LINEAR, **INPUT),
+    "linear, both diagonal": layer(fb.FullyConnectedKFACBasicFB, linear, *LINEAR, **BOTH),
+    "linear, several uses": layer(fb.FullyConnectedMultiIndepFB, linear, *LINEAR),
+    "linear, several uses, diagonal": layer(
+        fb.FullyConnectedMultiIndepFB, linear, *LINEAR, **BOTH
+    ),
+    "linear diagonal": layer(fb.FullyConnectedDiagonalFB, linear, *LINEAR),
+    "conv": layer(fb.ConvKFCBasicFB, conv, *CONV),
+    "conv, groups": layer(fb.ConvKFCBasicFB, grouped, *GROUPED),
+    "conv, uncorrelated locations": layer(
+        fb.ConvKFCBasicFB, conv, *CONV, (-1, 1), False, sua_approx_for_input=True
+    ),
+    "conv, several calls": Case(
+        lambda: fb.ConvKFCBasicMultiIndepFB(conv(), "layer"), CONV[:1] * 3, CONV[1:] * 3
+    ),
+    "conv diagonal": layer(fb.ConvDiagonalFB, conv, *CONV),
+    "conv diagonal, groups": layer(fb.ConvDiagonalFB, grouped, *GROUPED),
+    "depthwise": layer(fb.DepthwiseConvKFCBasicFB, depthwise, *DEPTHWISE),
+    "depthwise diagonal": layer(fb.DepthwiseConvDiagonalFB, depthwise, *DEPTHWISE),
+    "embedding": layer(fb.EmbeddingKFACFB, embedding, *IDS),
+    "embedding, both diagonal": layer(
+        fb.EmbeddingKFACFB, embedding, *IDS, diagonal_approx_for_output=True
+    ),
+    "embedding, several calls": Case(
+        lambda: fb.EmbeddingKFACMultiIndepFB(embedding(), "layer"),
+        IDS[:1] * 2,
+        IDS[1:] * 2,
+    ),
+    "scale and shift": layer(
+        fb.ScaleAndShiftFullFB, lambda: nn.LayerNorm(3), (6, 3), (6, 3)
+    ),
+    "scale and shift diagonal": layer(
+        fb.ScaleAndShiftDiagonalFB, lambda: nn.GroupNorm(1, 3), (6, 3, 4), (6, 3, 4)
+    ),
+    "full": Case(lambda: fb.FullFB(params(), "layer"), (), ((2, 2), ())),
+    "naive diagonal": Case(lambda: fb.NaiveDiagonalFB(params(), "layer"), (), ((2, 2), ())),
+    "series, option 1": layer(
+        fb.FullyConnectedSeriesFB, linear, *SERIES, (-1,), False, option=1, time_dim=1
+    ),
+    "series, option 2": layer(
+        fb.FullyConnectedSeriesFB, linear, *SERIES, (-1,), False, option=2, time_dim=1
+    ),
+}
+EXPS = [(name, exp) for name, case in CASES.items() for exp in case.exps]
+DENSE = [name for name in CASES if "series" not in name]
+CHOLESKY = [name for name, case in CASES.items() if case.cholesky]
+
+
+def close(actual, expected, tol=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+
+
+def draw(case):
+    inputs = [
+        torch.randint(5, shape[1:]) if shape[0] == "ids" else torch.randn(shape)
+        for shape in case.inputs
+    ]
+    return inputs, [[torch.randn(shape) for shape in case.outputs]]
+
+
+def register(block, case):
+    block.instantiate_factors(DAMPING)
+    for exp in case.exps:
+        block.register_matpower(exp)
+    if case.cholesky:
+        block.register_cholesky()
+        block.register_cholesky_inverse()
+    return block
+
+
+def ready(name):
+    """Two batches with 4 loss terms each have entered: T is not 1."""
+    case = CASES[name]
+    block = register(case.make(), case)
+    for _ in range(2):
+        block.accumulate(block.moments(*draw(case), num_terms=4), decay=0.9)
+    refresh_inverses(block.factors)
+    return block
+
+
+def vector_for(block):
+    return block.params_to_vector([torch.randn_like(param) for param in block.params])
+
+
+def matrices(cov):
+    return list(cov) if cov.dim() == 3 else [cov]
+
+
+def damped(block):
+    """`F_λ`, dense over the row-major entries of V: λ split by π, of each group."""
+    T = block.num_locations
+    if not isinstance(block, KroneckerProductFB):
+        C = block.factors[0].get_cov()
+        return T * C + DAMPING * torch.eye(len(C))
+    products, root = [], (DAMPING / T) ** 0.5
+    covs = [matrices(factor.get_cov()) for factor in block.factors]
+    for A, G in zip(*covs, strict=True):
+        pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
+        left = A + pi * root * torch.eye(len(A))
+        right = G + root / pi * torch.eye(len(G))
+        products.append(torch.kron(left, right))
+    return T * torch.block_diag(*products)
+
+
+def test_every_block_is_in_the_table():
+    kinds = {
+        kind
+        for kind in vars(fb).values()
+        if isinstance(kind, type) and issubclass(kind, fb.FisherBlock)
+    }
+    made = {type(case.make()) for case in CASES.values()}
+    assert made == kinds - {fb.FisherBlock, fb.KroneckerProductFB}
+
+
+@pytest.mark.parametrize(("name", "exp"), [e for e in EXPS if e[0] in DENSE])
+def test_powers_are_those_of_the_dense_damped_block(name, exp):
+    block = ready(name)
+    assert block.num_locations != 1 or not block.modules
+    V = vector_for(block)
+    e, U = torch.linalg.eigh(damped(block))
+    expected = (U * e**exp) @ U.T @ V.flatten()
+    close(block.multiply_matpower(V, exp), expected.view(V.shape), 1e-8)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_the_undamped_block_and_its_products(name):
+    block = ready(name)
+    F = block.full_fisher_block()
+    assert F.shape == (vector_for(block).numel(),) * 2
+    products = [torch.kron(*sides) for sides in zip(
+        *(matrices(factor.get_cov()) for factor in block.factors), strict=True)
+    ] if len(block.factors) == 2 else [block.factors[0].get_cov()]  # fmt: skip
+    close(F, block.num_locations * torch.block_diag(*products))
+    V = vector_for(block)
+    close(block.multiply_inverse(block.multiply(V)), V)
+    close(block.multiply(V), (damped(block) @ V.flatten()).view(V.shape))
+
+
+@pytest.mark.parametrize("name", CHOLESKY)
+def test_cholesky_factors(name):
+    block = ready(name)
+    V, W = vector_for(block), vector_for(block)
+    L, inverse = block.multiply_cholesky, block.multiply_cholesky_inverse
+    close(L(L(V, transpose=True)), block.multiply(V))
+    close(inverse(inverse(V), transpose=True), block.multiply_inverse(V))
+    close((W * L(V)).sum(), (L(W, transpose=True) * V).sum())
+    close((W * inverse(V)).sum(), (inverse(W, transpose=True) * V).sum())
+    close(inverse(L(V)), V)
+    close(L(inverse(V)), V)
+    close(inverse(L(V, transpose=True), transpose=True), V)
+    # Triangular: what L makes of the last coordinate is there alone.
+    last = torch.zeros_like(V)
+    last.view(-1)[-1] = 1
+    assert L(last).count_nonzero() == 1
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in CHOLESKY])
+def test_what_a_block_does_not_have(name):
+    block = CASES[name].make()
+    block.instantiate_factors(DAMPING)
+    for early in (
+        block.register_cholesky,
+        block.register_cholesky_inverse,
+        lambda: block.register_matpower(-0.5),
+    ):
+        with pytest.raises(NotImplementedError, match=r"layer.*exp=-1"):
+            early()
+    if "series" in name:
+        block = ready(name)
+        V = vector_for(block)
+        for product in (block.multiply, block.multiply_cholesky):
+            with pytest.raises((NotImplementedError, KeyError), match="layer"):
+                product(V)
+        with pytest.raises(NotImplementedError, match="use multiply_inverse"):
+            block.full_fisher_block()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_to_vector_and_back(name):
+    block = CASES[name].make()
+    parts = [torch.randn_like(param) for param in block.params]
+    back = block.vector_to_params(block.params_to_vector(parts))
+    assert all(map(torch.equal, parts, back))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_multiply_tensors_is_in_the_shapes_and_dtype_of_the_parameters(name):
+    block = ready(name)
+    parts = [torch.randn_like(param) for param in block.params]
+    expected = block.vector_to_params(block.multiply_inverse(block.params_to_vector(parts)))
+    assert all(map(torch.equal, block.multiply_tensors(parts, -1), expected))
+    single = block.multiply_tensors([part.float() for part in parts], -1)
+    for part, like in zip(single, expected, strict=True):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part, like.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_round_trip(name, tmp_path):
+    case, block = CASES[name], ready(name)
+    fresh = register(case.make(), case)
+    torch.save(block.state_dict(), tmp_path / "block.pt")
+    fresh.load_state_dict(torch.load(tmp_path / "block.pt", weights_only=True))
+    V = vector_for(block)
+    batch = draw(case)
+    for _ in range(2):
+        assert fresh.num_locations == block.num_locations
+        for exp in case.exps:
+            product = fresh.multiply_matpower(V, exp)
+            assert torch.equal(product, block.multiply_matpower(V, exp))
+        if case.cholesky:
+            assert torch.equal(fresh.multiply_cholesky(V), block.multiply_cholesky(V))
+            assert torch.equal(
+                fresh.multiply_cholesky_inverse(V), block.multiply_cholesky_inverse(V)
+            )
+        for each in (block, fresh):  # and what comes next
+            each.accumulate(each.moments(*batch, num_terms=3), decay=0.9)
+            refresh_inverses(each.factors)
+
+
+def test_a_state_of_another_block_changes_nothing():
+    linear_block, conv_block = ready("linear"), ready("linear diagonal")
+    before = linear_block.full_fisher_block().clone()
+    with pytest.raises(ValueError, match="expected the state of 2 factors, got 1"):
+        linear_block.load_state_dict(conv_block.state_dict())
+    with pytest.raises(ValueError, match="layer"):
+        linear_block.load_state_dict(ready("linear, diagonal input").state_dict())
+    assert torch.equal(linear_block.full_fisher_block(), before)
+
+
+@pytest.mark.parametrize("T", [0.25, 1.0, 9.0])
+@pytest.mark.parametrize("name", [n for n in DENSE if "locations" not in n])
+def test_damping_is_lambda_whatever_the_number_of_locations(name, T):
+    case = CASES[name]
+    block = register(case.make(), case)
+    for factor in block.factors:
+        factor.accumulate(torch.zeros_like(factor.get_cov_var()), 0.0)
+    block.num_locations = T
+    refresh_inverses(block.factors)
+    V = vector_for(block)
+    for exp in case.exps:
+        close(block.multiply_matpower(V, exp), DAMPING**exp * V)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_are_merged(name):
+    """Moments of halves, merged, are those of the whole."""
+    if name in ("full", "naive diagonal"):
+        pytest.skip("the square of a sum over a batch is not a mean over halves")
+    case = CASES[name]
+    inputs, (grads,) = draw(case)
+    block = case.make()
+    block.instantiate_factors(DAMPING)
+    whole = block.moments(inputs, [grads], num_terms=6)
+    merged = block.moments([x[:2] for x in inputs], [[g[:2] for g in grads]], 2)
+    rest = block.moments([x[2:] for x in inputs], [[g[2:] for g in grads]], 4)
+    for one, two, both in zip(merged, rest, whole, strict=True):
+        one.merge(two)
+        assert (one.rows, one.terms, one.uses) == (both.rows, 6, both.uses)
+        close(one.cov, both.cov)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sources_add_up(name):
+    case = CASES[name]
+    inputs, (first,) = draw(case)
+    second = draw(case)[1][0]
+    block = case.make()
+    block.instantiate_factors(DAMPING)
+    both = block.moments(inputs, [first, second], 4)
+    one, two = (block.moments(inputs, [grads], 4) for grads in (first, second))
+    close(both[-1].cov, one[-1].cov + two[-1].cov)
+    if len(both) == 2:  # the inputs are the same
+        close(both[0].cov, one[0].cov)
+
+
+@pytest.mark.parametrize("name", ["conv, groups", "depthwise"])
+def test_pi_is_that_of_each_group(name):
+    """Scaling one group's gradients moves the damping of that group alone."""
+    case = CASES[name]
+    inputs, (grads,) = draw(case)
+    scaled = [g.clone() for g in grads]
+    half = scaled[0].shape[1] // 2
+    scaled[0][:, half:] *= 7
+    products = []
+    for each in (grads, scaled):
+        block = register(case.make(), case)
+        block.accumulate(block.moments(inputs, [each], 6), 0.9)
+        refresh_inverses(block.factors)
+        products.append(block.multiply_inverse(torch.ones_like(vector_for(block))))
+    close(products[0][0], products[1][0])
+    assert not torch.allclose(products[0][1], products[1][1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_use_before_the_factors_are_made(name):
+    block = CASES[name].make()
+    for early in (block.register_inverse, block.state_dict):
+        with pytest.raises(RuntimeError, match=r"layer.*instantiate_factors"):
+            early()
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LayerNorm(3, elementwise_affine=False), nn.BatchNorm1d(3, affine=False)]
+)
+def test_a_layer_without_a_trained_weight(module):
+    with pytest.raises(
+        ValueError, match=r"layer norm: expected a layer with a trained.*none"
+    ):
+        fb.ScaleAndShiftFullFB(module, "norm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        (fb.FullyConnectedKFACBasicFB, nn.Linear(2, 3)),
+        (fb.FullyConnectedDiagonalFB, nn.Linear(2, 3)),
+        (fb.ConvDiagonalFB, nn.Conv2d(1, 1, 1)),
+        (fb.EmbeddingKFACFB, nn.Embedding(2, 3)),
+    ],
+)
+def test_a_frozen_weight(kind, module):
+    module.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"layer x: .*a frozen one.*register_generic"):
+        kind(module, "x")
