@@ -93,7 +93,7 @@ def main(argv=None):
     with torch.no_grad():
         loss = cross_entropy(model, x).item()
         error = (model(x).sigmoid() - x).square().sum(1).mean().item()
-    print(f"done: cross-entropy {loss:.3f}, squared error of an image {error:.3f}")
+    print(f"done: cross-entropy {loss:.2f}, squared error of an image {error:.2f}")
     return {"first_loss": first, "loss": loss, "error": error, "last_step": last}
 
 
