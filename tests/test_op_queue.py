@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_torch import KFAC
 from kfac_torch.estimator import FisherEstimator
 from kfac_torch.layer_collection import LayerCollection
 from kfac_torch.op_queue import OpQueue, batch_execute
@@ -141,3 +142,40 @@ def test_a_pass_over_the_thunks_refreshes_every_inverse(estimators, spread):
     ):
         torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(product, old)
+
+
+def test_an_optimizer_whose_inverses_are_refreshed_in_turn():
+    """Each thunk changes the inverse of its own factor alone, in the plain loop too."""
+    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+
+    def run(invert_every, spread):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        optimizer = KFAC(
+            model, "categorical", lr=0.1, damping=0.1, invert_every=invert_every
+        )
+        thunks = optimizer.estimator.inv_update_thunks
+        changed = []
+        for step in range(7):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            before = inverses(optimizer)
+            if spread:
+                batch_execute(step, thunks, spread)
+            pairs = zip(before, inverses(optimizer), strict=True)
+            changed.append([i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)])
+        return changed
+
+    def inverses(optimizer):
+        return [
+            factor.get_inverse(damping).clone()
+            for block in optimizer.estimator.blocks.values()
+            for factor, damping in zip(block.factors, block._damping_funcs(), strict=True)
+        ]
+
+    never = 10**6
+    # Steps 0 to 2 have refreshed everything themselves; then each in its turn.
+    assert run(never, 1)[3:] == [[3], [0], [1], [2]]
+    assert run(never, 2)[3:] == [[2, 3], [0, 1], [2, 3], [0, 1]]
+    assert run(never, 0) == [[]] * 7
