@@ -169,10 +169,22 @@ def race(runners: dict[str, Any]) -> dict[str, Any]:
             times[name] += answer["ms"]
             if done in REPORTED:
                 losses[name][done] = round(answer["loss"], 4)
-    return {
+    result: dict[str, Any] = {
         name: {"loss": losses[name], "ms": round(cycle_time(times[name][TURN:]), 2)}
         for name in runners
     }
+    if len(runners) == 2:
+        ours, theirs = (
+            [statistics.mean(ms[i : i + TURN]) for i in range(TURN, len(ms), TURN)]
+            for ms in times.values()
+        )
+        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+        result["time_ratio"] = {
+            "min": round(ratios[0], 3),
+            "median": round(statistics.median(ratios), 3),
+            "max": round(ratios[-1], 3),
+        }
+    return result
 
 
 def cycle_time(times: list[float]) -> float:

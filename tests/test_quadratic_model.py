@@ -10,13 +10,19 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from kfac_torch import KFAC
+from kfac_torch import KFAC, QModel
 from kfac_torch.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
     MultiBernoulliNegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
 )
-from kfac_torch.quadratic_model import QuadraticModel, fisher_products, products, rerun
+from kfac_torch.quadratic_model import (
+    QuadraticModel,
+    every_kth,
+    fisher_products,
+    products,
+    rerun,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 MODELLED = ["qmodel", "qmodel_fixedmu"]
@@ -658,3 +664,51 @@ def test_state_of_an_older_version_is_refused():
         ValueError, match="expected K-FAC state of version 2, got version 1"
     ):
         optimizer.load_state_dict(state)
+
+
+def test_part_of_the_batch():
+    """Of a batch that holds every example four times in a row, a quarter is the same."""
+    x, y = torch.randn(6, 3), torch.randint(4, (6,))
+    steps = []
+    for batch, fraction in (
+        ((x, y), 1.0),
+        ((x.repeat_interleave(4, 0), y.repeat_interleave(4)), 0.25),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+        optimizer = KFAC(
+            model,
+            "categorical",
+            damping=0.1,
+            momentum_type=QModel(batch_fraction=fraction),
+            estimation_mode="exact",
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=1e-12)
+
+
+def test_which_examples_are_kept():
+    x, scale = torch.arange(10.0).view(5, 2), torch.ones(3)
+    mask = torch.arange(5)
+    (thin, same), kwargs = every_kth((x, scale), {"masks": [mask, None]}, 2, 3)
+    assert torch.equal(thin, x[1::2])
+    assert same is scale
+    assert torch.equal(kwargs["masks"][0], mask[1::2])
+    assert every_kth((x,), {}, 6, 0)[0][0] is x  # fewer than six: all of them
+
+
+def test_the_model_with_options_is_known_by_its_name():
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = KFAC(
+        model, "normal", damping=0.1, momentum_type=QModel(fixed_momentum=True)
+    )
+    assert optimizer.state_dict()["kfac"]["momentum_type"] == "qmodel_fixedmu"
+    for fraction in (0.0, 1.5, -1.0):
+        with pytest.raises(
+            ValueError, match=r"batch_fraction: expected a number in \(0, 1\]"
+        ):
+            QModel(batch_fraction=fraction)
