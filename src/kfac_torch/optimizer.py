@@ -32,7 +32,15 @@ from .estimator import FisherEstimator
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
-from .options import MOMENTUM, Damping, QModel, check_count, damping_at, group_options
+from .options import (
+    MOMENTUM,
+    Damping,
+    QModel,
+    check_count,
+    damping_at,
+    group_options,
+    name_and_stride,
+)
 from .trials import Trial
 from .updates import StepRecord, UpdateRule
 
@@ -138,11 +146,9 @@ class KFAC(torch.optim.Optimizer):
         num_burnin_steps: int = 0,
         output: Output = None,
     ) -> None:
-        stride = momentum_type.stride if isinstance(momentum_type, QModel) else 1
-        if isinstance(momentum_type, QModel):
-            momentum_type = momentum_type.momentum_type
+        kind, stride = name_and_stride(momentum_type)
         defaults = group_options(
-            momentum_type=momentum_type,
+            momentum_type=kind,
             lr=lr,
             damping=damping,
             momentum=momentum,
@@ -160,7 +166,7 @@ class KFAC(torch.optim.Optimizer):
         self._model = model
         self._names = names
         self._damping = damping
-        self._momentum_type = momentum_type
+        self._momentum_type = kind
         self._cov_ema_decay = cov_ema_decay
         self._cov_update_every = cov_update_every
         self._invert_every = invert_every
@@ -178,7 +184,7 @@ class KFAC(torch.optim.Optimizer):
             estimation_mode=estimation_mode,
         )
         self._updates = UpdateRule(
-            self, model, self.estimator, self._names, momentum_type, damping, stride
+            self, model, self.estimator, self._names, kind, damping, stride
         )
 
     def close(self) -> None:

@@ -52,10 +52,17 @@ class QModel:
         """`k`: one example in so many is used."""
         return round(1 / self.batch_fraction)
 
-    @property
-    def momentum_type(self) -> str:
-        """Its name among the momentum types."""
-        return "qmodel_fixedmu" if self.fixed_momentum else "qmodel"
+
+def name_and_stride(momentum_type: str | QModel) -> tuple[str, int]:
+    """Return the name of a momentum type, and one in how many examples its model is of.
+
+    >>> name_and_stride(QModel(fixed_momentum=True)), name_and_stride("adam")
+    (('qmodel_fixedmu', 1), ('adam', 1))
+    """
+    if isinstance(momentum_type, str):
+        return momentum_type, 1
+    name = "qmodel_fixedmu" if momentum_type.fixed_momentum else "qmodel"
+    return name, momentum_type.stride
 
 
 Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
