@@ -59,7 +59,7 @@ def name_and_stride(momentum_type: str | QModel) -> tuple[str, int]:
     >>> name_and_stride(QModel(fixed_momentum=True)), name_and_stride("adam")
     (('qmodel_fixedmu', 1), ('adam', 1))
     """
-    if isinstance(momentum_type, str):
+    if not isinstance(momentum_type, QModel):
         return momentum_type, 1
     name = "qmodel_fixedmu" if momentum_type.fixed_momentum else "qmodel"
     return name, momentum_type.stride
