@@ -131,9 +131,11 @@ class Ours:
 class Peer:
     """kfac-jax in an interpreter of its own."""
 
-    def __init__(self, seed: int, python: str) -> None:
+    def __init__(self, seed: int, python: str, threads: int | None) -> None:
         hidden = ("PYTHONPATH", "VIRTUAL_ENV")
         environment = {k: v for k, v in os.environ.items() if k not in hidden}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
             [python, str(PEER), str(seed)],
             stdin=subprocess.PIPE,
@@ -195,6 +197,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--peer-python", help="interpreter that has kfac-jax")
+    parser.add_argument(
+        "--peer-threads", type=int, help="OMP_NUM_THREADS of the peer; as here if not given"
+    )
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args()
     versions = {
@@ -206,7 +211,7 @@ def main() -> None:
     for seed in args.seeds:
         runners: dict[str, Any] = {"kfac_torch": Ours(seed)}
         if args.peer_python:
-            runners["kfac_jax"] = Peer(seed, args.peer_python)
+            runners["kfac_jax"] = Peer(seed, args.peer_python, args.peer_threads)
             versions.update(runners["kfac_jax"].versions)
         result = race(runners)
         if args.peer_python:
