@@ -8,7 +8,7 @@ plus l2 of 1e-5; float32. Step size and momentum are those of the quadratic mode
 adapts, its start calibrated on the first batch. A seed is that of the sampled targets.
 
 ``--peer-python`` is an interpreter that has kfac-jax 0.0.8, JAX 0.7.2 and scikit-learn: the
-same net, data, start and recipe there (``peers/kfac_jax_digits.py``), ten steps of the one
+same net, data and start there (``peers/kfac_jax_digits.py``), ten steps of the one
 after ten of the other, so that whatever else the machine does hits both. A step is all of
 it: loss, gradient, statistics, update. Work that is due every fifth step makes the steps
 differ, so the time is that of a cycle of five: the median at each of its places, averaged.
@@ -64,8 +64,9 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# kfac-jax's own recipe, but that λ follows faster (its decay is .95), and that statistics
-# are taken where the inverses are refreshed, not between (its average decays by .95).
+# kfac-jax's own recipe, but that λ follows faster (its decay is .95), that statistics are
+# taken where the inverses are refreshed, not between (its average decays by .95), and that
+# the quadratic model is of every eighth example.
 RULE: Mapping[str, Any] = MappingProxyType(
     {
         "initial": 1.0,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_torch.damping import compute_pi_tracenorm
 from kfac_torch.fisher_blocks import ConvKFCBasicFB, FullyConnectedKFACBasicFB
 from kfac_torch.fisher_blocks.conv import explicit_padding
 from kfac_torch.fisher_factors import refresh_inverses
@@ -82,6 +83,8 @@ def test_conv_end_to_end():
     refresh_inverses(block.factors)
     assert block.num_locations == 4
     assert block.factors[1].get_cov().item() == 1.5625
+    A, G = (factor.get_cov() for factor in block.factors)
+    close(compute_pi_tracenorm(A, G), 3.9354796404)
     gradient = torch.tensor([9.5, 12, 17, 19.5, 2.5]).view(5, 1)
     close(
         block.multiply_inverse(gradient),
@@ -97,6 +100,23 @@ def test_conv_end_to_end():
             2045.3719007474,
         ],
         1e-6,
+    )
+
+
+def test_conv_end_to_end_with_the_pixels_for_locations():
+    """r1.8 took T = 9, the pixels over the stride: its result, by its T."""
+    conv = nn.Conv2d(1, 1, 2)
+    block = ConvKFCBasicFB(conv, "conv1")
+    block.instantiate_factors(0.1)
+    block.register_inverse()
+    x = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    grads = torch.tensor([1.0, -1.0, 2.0, 0.5]).view(1, 1, 2, 2)
+    block.accumulate(block.moments([x], [[grads]], num_terms=1), decay=0.95)
+    block.num_locations = 9.0
+    refresh_inverses(block.factors)
+    close(
+        block.multiply_inverse(torch.tensor([9.5, 12, 17, 19.5, 2.5]).view(5, 1)),
+        [0.0243876524, 0.0183004722, 0.0061261116, 0.0000389313, -0.0060871803],
     )
 
 
