@@ -17,7 +17,7 @@ from typing import TypeAlias
 from torch import nn
 
 from . import fisher_blocks as fb
-from .fisher_blocks.base import check_modules
+from .fisher_blocks.layer import check_modules
 from .fisher_factors import FactorOptions
 from .fisher_factors.base import check_choice
 

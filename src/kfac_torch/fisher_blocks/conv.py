@@ -23,8 +23,9 @@ from ..fisher_factors import (
     ConvOutputKroneckerFactor,
     FactorOptions,
 )
-from .base import LayerFactorFB, accumulation_dtype, no_data
+from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
+from .layer import LayerFactorFB
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

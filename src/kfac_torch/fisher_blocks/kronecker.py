@@ -21,51 +21,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..damping import PackagedFunc, compute_pi, evaluate_damping, normalize_damping
-from ..fisher_factors import FactorOptions
-from .base import (
-    FisherBlock,
-    check_modules,
-    layer_params,
-    layer_to_vector,
-    vector_to_layer,
-)
+from .layer import LayerFB
 
 
-class KroneckerProductFB(FisherBlock):
+class KroneckerProductFB(LayerFB):
     """`T · A ⊗ G` for a layer with a weight `[out, ...]` and maybe a bias (abstract).
 
-    The weight must be trained; a frozen bias is left out of the block. Several calls of
-    the layer (or of modules that share its parameters) are rows of one matrix.
-
-    Args:
-        module: the layer, or several that share all their parameters.
-        name: of the layer, for messages and checkpoints.
-        options: of the factors.
+    Several calls of the layer (or of modules that share its parameters) are rows of one
+    matrix. Arguments as `LayerFB`.
 
     Raises:
-        TypeError: a module of another type.
-        ValueError: a frozen weight, or modules that do not share their parameters.
         RuntimeError: use before `instantiate_factors`.
     """
-
-    layer_types: tuple[type[nn.Module], ...] = ()
-    groups = 1
-
-    def __init__(
-        self,
-        module: nn.Module | Sequence[nn.Module],
-        name: str | None = None,
-        options: FactorOptions = FactorOptions(),
-    ) -> None:
-        first = module if isinstance(module, nn.Module) else module[0]
-        name = name or type(first).__name__
-        layers = check_modules(module, self.layer_types, name)
-        super().__init__(layer_params(first, name), layers, name, options)
-        self.module: Any = first
-        self.has_bias = len(self.params) > 1
 
     @abc.abstractmethod
     def _make_factors(self) -> tuple[Any, Any]:
@@ -172,17 +142,6 @@ class KroneckerProductFB(FisherBlock):
         if self.groups == 1:
             return self.num_locations * torch.kron(A, G)
         return self.num_locations * torch.block_diag(*map(torch.kron, A, G))
-
-    def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Bring tensors like `params` to `V [in(+1), out]`, the bias last.
-
-        With groups `V [groups, in(+1), out]`, the sizes those of one group.
-        """
-        return layer_to_vector(tensors, self.groups)
-
-    def vector_to_params(self, vector: Tensor) -> list[Tensor]:
-        """Undo `params_to_vector`."""
-        return vector_to_layer(vector, self.params)
 
 
 def weighted_mean(covs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:

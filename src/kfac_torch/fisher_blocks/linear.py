@@ -24,12 +24,9 @@ from ..fisher_factors import (
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
 )
-from .base import (
-    LayerFactorFB,
-    accumulation_dtype,
-    no_data,
-)
+from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
+from .layer import LayerFactorFB
 
 
 class FullyConnectedKFACBasicFB(KroneckerProductFB):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..fisher_factors import ScaleAndShiftDiagonalFactor, ScaleAndShiftFullFactor
-from .base import LayerFactorFB, accumulation_dtype, no_data
+from .base import accumulation_dtype, no_data
+from .layer import LayerFactorFB
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
