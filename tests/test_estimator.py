@@ -763,3 +763,13 @@ def test_no_activation_outlives_an_update(mode):
         assert sorted(alive) == [(77,), (77, 3)]  # y and x
     finally:
         gc.enable()
+
+
+def test_a_collection_is_of_one_estimator():
+    model = nn.Linear(3, 2)
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.register_categorical_predictive_distribution()
+    FisherEstimator(None, 0.9, 0.1, layers)
+    with pytest.raises(ValueError, match="a collection of its own for every estimator"):
+        FisherEstimator(None, 0.9, 0.1, layers)

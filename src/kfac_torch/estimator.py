@@ -77,8 +77,8 @@ class FisherEstimator(BlockProducts):
             `layer_collection`; None for those.
         cov_ema_decay: `ε` of the factors' moving average, in [0, 1].
         damping: λ, in units of the Fisher of the mean loss; a number or a callable.
-        layer_collection: the blocks and the losses. Of one estimator at a time: a new one
-            gives the blocks new factors.
+        layer_collection: the blocks and the losses; of one estimator alone, since the
+            blocks hold its factors.
         exps: the exponents that `multiply_matpower` is to serve (1 always is).
         estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
             weights of several losses enter the empirical statistics squared, as they do
@@ -87,8 +87,8 @@ class FisherEstimator(BlockProducts):
 
     Raises:
         ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], other variables than
-            those registered, no loss registered, or an exponent that an approximation
-            does not have (`NotImplementedError`).
+            those registered, no loss registered, or a collection that another estimator
+            has. NotImplementedError: an exponent that an approximation does not have.
 
     >>> model = torch.nn.Linear(2, 3)
     >>> layers = LayerCollection(model)
@@ -123,6 +123,12 @@ class FisherEstimator(BlockProducts):
         layer_collection.check_losses()
         if variables is not None:
             layer_collection.check_variables(variables)
+        taken = [name for name, b in layer_collection.blocks.items() if b.factors]
+        if taken:
+            raise ValueError(
+                "layer_collection: expected a collection of its own for every estimator "
+                f"and optimizer, got one whose blocks have factors already: {taken[0]}"
+            )
         super().__init__(layer_collection)
         self.cov_ema_decay = cov_ema_decay
         self.collecting = True
@@ -133,10 +139,15 @@ class FisherEstimator(BlockProducts):
         # What the check of the loss found, for the empirical mode.
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
-        for block in self.blocks.values():
-            block.instantiate_factors(damping)
-        for exp in exps:
-            self.register_matpower(exp)
+        try:
+            for block in self.blocks.values():
+                block.instantiate_factors(damping)
+            for exp in exps:
+                self.register_matpower(exp)
+        except (NotImplementedError, ValueError):
+            for block in self.blocks.values():
+                block.release_factors()
+            raise
         empirical = estimation_mode == "empirical"
         self._capture = Capture(
             layer_collection.model,

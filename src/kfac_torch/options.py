@@ -100,7 +100,9 @@ def group_options(
             "lr",
             lr,
             modelled if lr is None else lr >= 0,
-            "a number >= 0 or None" if modelled else "a number >= 0",
+            "a number >= 0 or None"
+            if modelled
+            else 'a number >= 0 (None is for momentum_type="qmodel" and its kin)',
         ),
         ("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)"),
         (

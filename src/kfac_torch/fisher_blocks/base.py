@@ -91,6 +91,10 @@ class FisherBlock(abc.ABC):
             factor.instantiate_cov_variables()
         self._damping, self._factors = damping, factors
 
+    def release_factors(self) -> None:
+        """Undo `instantiate_factors`."""
+        self._factors = ()
+
     @property
     def factors(self) -> Sequence[Any]:
         """The factors; empty before `instantiate_factors`."""
