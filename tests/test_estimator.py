@@ -506,6 +506,22 @@ def test_every_refresh_is_of_one_factor():
         close(a, b, atol=1e-13)
 
 
+def test_what_was_gathered_is_a_mean_and_starts_anew():
+    """The lineage's accumulators: 3, 7, 11 are 7; then 3, 7 are 5."""
+    model = nn.Linear(1, 1, bias=False)
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.register_squared_error_loss()
+    estimator = FisherEstimator(None, 0.0, 0.1, layers)
+    for values, mean in (((3.0, 7.0, 11.0), 7.0), ((3.0, 7.0), 5.0)):
+        for value in values:
+            model(torch.full((2, 1), value**0.5))
+        assert estimator.update_covariances() == []
+        close(layers.get_factors()[0].get_cov(), [[mean]])
+    assert estimator.update_covariances() == []  # nothing is left
+    assert layers.get_factors()[0].num_updates == 2
+
+
 # Batches that do not count.
 
 

@@ -120,6 +120,27 @@ def test_conv_end_to_end_with_the_pixels_for_locations():
     )
 
 
+@pytest.mark.parametrize("sua", [False, True])
+@pytest.mark.parametrize(
+    ("conv", "space", "T"),
+    [
+        (nn.Conv2d(2, 3, 3), (7, 8), 30),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (7, 8), 16),
+        (nn.Conv2d(2, 3, 3, dilation=2), (7, 8), 12),
+        (nn.Conv1d(2, 3, 2, stride=3), (8,), 3),
+        (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (3, 4, 3), 8),
+    ],
+)
+def test_the_number_of_locations_is_that_of_the_output(conv, space, T, sua):
+    """Not the pixels over the stride: padding, dilation, every number of dimensions."""
+    block = ConvKFCBasicFB(conv, "conv", sua_approx_for_input=sua)
+    block.instantiate_factors(0.1)
+    x = torch.randn(4, 2, *space)
+    z = conv.double()(x).detach()
+    block.accumulate(block.moments([x], [[torch.randn_like(z)]], 4), 0.9)
+    assert block.num_locations == z[0, 0].numel() == T
+
+
 def test_damping_is_lambda_whatever_the_number_of_locations():
     for T in (1.0, 9.0):
         block = block_with(

@@ -137,6 +137,58 @@ def test_channels_first_has_the_order_of_flattened_weights(num_dims):
 
 
 @pytest.mark.parametrize(
+    ("shape", "kernel", "strides", "pad", "extractor"),
+    [
+        # Kernel 5, 3, 3 with strides 1, 2, 1: "SAME" pads (2, 2), (0, 1), (1, 1).
+        ((2, 6, 6, 4, 2), (5, 3, 3), (1, 2, 1), (1, 1, 0, 1, 2, 2), None),
+        ((2, 6, 5, 7), (1, 1), None, (0, 0, 0, 0), "extract_pointwise_conv2d_patches"),
+    ],
+    ids=["3-D", "1x1"],
+)
+def test_patches_times_the_filter_are_the_convolution(
+    shape, kernel, strides, pad, extractor
+):
+    """As many outputs as columns: the second moment of the outputs tells all of `A`."""
+    x, n = torch.randn(shape), int(np.prod(kernel)) * shape[-1]
+    matrix = torch.randn(n, n)  # [columns, out]
+    weight = matrix.view(*kernel, shape[-1], n).movedim((-1, -2), (0, 1))
+    conv = torch.conv3d if len(kernel) == 3 else torch.conv2d
+    padded = torch.nn.functional.pad(x.movedim(-1, 1), pad)
+    rows = conv(padded, weight, stride=strides or 1).movedim(1, -1).reshape(-1, n)
+    cov = update(
+        ConvInputKroneckerFactor(
+            [x], [*kernel, shape[-1], n], "SAME", strides, extract_patches_fn=extractor
+        )
+    )
+    inverse = torch.linalg.inv(matrix)
+    close(cov, inverse.T @ (rows.T @ rows / len(rows)) @ inverse, 1e-8)
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        None,
+        "extract_convolution_patches",
+        "extract_image_patches",
+        "extract_pointwise_conv2d_patches",
+    ],
+)
+def test_every_extractor_obeys_the_data_format(extractor):
+    """A 1x1 kernel has one column order, and the pixels it visits tell the formats apart."""
+    x, strides = torch.randn(2, 3, 5, 4), {"NHWC": None, "NCHW": None}
+    if extractor == "extract_image_patches":
+        strides = {"NHWC": (1, 2, 3, 1), "NCHW": (1, 1, 2, 3)}
+    pixels = (x[:, ::2, ::3] if strides["NHWC"] else x).reshape(-1, 4)
+    for data_format, data in (("NHWC", x), ("NCHW", x.movedim(-1, 1))):
+        args = [1, 1, 4, 7], "VALID", strides[data_format], None
+        factor = ConvInputKroneckerFactor([data], *args, data_format, extractor)
+        close(update(factor), pixels.T @ pixels / len(pixels))
+        with pytest.raises(ValueError, match="expected 4 channels"):
+            other = x if data_format == "NCHW" else x.movedim(-1, 1)
+            ConvInputKroneckerFactor([other], *args, data_format, extractor)
+
+
+@pytest.mark.parametrize(
     ("has_bias", "expected"), [(0, [[2.5]]), (1, [[2.5, 1.5], [1.5, 1]])]
 )
 def test_conv_input_one_pixel(has_bias, expected):
@@ -277,6 +329,22 @@ def test_sources_are_summed():
     close(cov, compute_cov(a) + compute_cov(b))
 
 
+def test_every_tower_of_every_source_is_checked():
+    good, bad = torch.randn(2, 3), torch.randn(2, 4)
+    factor = FullyConnectedKroneckerFactor([[good, good], [good, good]], name="fc")
+    factor.instantiate_cov_variables()
+    op = factor.make_covariance_update_op(0.0)
+    for source, tower in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        data = [[good, good], [good, good]]
+        data[source][tower] = bad
+        with pytest.raises(ValueError, match="fc: expected rows of 3 features"):
+            op(data)
+        data[source].pop(tower)
+        with pytest.raises(ValueError, match=r"fc: expected towers per source \[2, 2\]"):
+            op(data)
+    assert factor.num_updates == 0
+
+
 def test_the_op_reads_its_inputs_again():
     x, y = ARANGE.clone(), ARANGE.numpy().copy()
     for data in (x, y):
@@ -407,6 +475,9 @@ def test_equal_dampings_share_one_matrix():
     factor.register_matpower(-0.5, 0.1)
     assert len(factor.state_dict()["powers"]) == 3
     factor.register_matpower(1, 0.1)  # served on the fly
+    assert len(factor.state_dict()["powers"]) == 3
+    factor.register_matpower(-0.5, 0.1)
+    factor.register_matpower(-1.0, PackagedFunc(lambda: 0.1, "damping 0.1"))
     assert len(factor.state_dict()["powers"]) == 3
 
 
@@ -554,7 +625,14 @@ def test_the_name_of_a_conv_factor_tells_its_extractor():
         return ConvInputKroneckerFactor([ARANGE], [1, 1, 1, 1], "SAME", **kwargs).name
 
     assert name() == "ff_convinkron_Tensor_1-1-1-1_None_SAME_None_None_False"
-    assert name(extract_patches_fn="extract_pointwise_conv2d_patches") != name()
+    for option in (
+        {"extract_patches_fn": "extract_pointwise_conv2d_patches"},
+        {"sub_sample_inputs": 0.2},
+        {"sub_sample_patches": 0.2},
+        {"patch_mask": torch.ones(1, 1, 1)},
+    ):
+        assert name(**option) != name()
+    assert name(sub_sample_inputs=0.2) != name(sub_sample_patches=0.2)
     assert name(name="conv1.input") == "conv1.input"
 
 

@@ -408,6 +408,26 @@ def test_what_cannot_be_inserted():
         insert_slice_in_zeros(torch.ones(2, 1), 1, 5, 5)
 
 
+@pytest.mark.parametrize("kind", NEGATIVE_LOG_PROB)
+def test_shapes_of_samples(kind):
+    loss = NEGATIVE_LOG_PROB[kind](torch.randn(4, 6, 2))
+    expected = {
+        "categorical": (4, 6),
+        "derived categorical": (4, 6),
+        "categorical, classes second": (4, 2),
+        "mean and variance": (4, 6, 1),
+    }
+    assert loss.sample().shape == expected.get(kind, (4, 6, 2))
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_LOG_PROB)
+def test_a_loss_without_targets_has_no_value(kind):
+    loss = NEGATIVE_LOG_PROB[kind](torch.randn(4, 6))
+    assert loss.targets is None
+    with pytest.raises(ValueError, match=r"evaluate\(\) needs targets"):
+        loss.evaluate()
+
+
 def test_number_of_loss_terms():
     z = torch.zeros(4, 5, 3)
     assert CategoricalLogitsNegativeLogProbLoss(z).num_terms == 20

@@ -113,6 +113,9 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
             # Not in the lineage's name, where such factors clash.
             extras = [extract_patches_fn, padding_mode, groups]
             params += [extra for extra in extras if extra not in (None, "zeros", 1)]
+            parts = [("examples", sub_sample_inputs), ("patches", sub_sample_patches)]
+            params += [f"{what}{part}" for what, part in parts if part is not None]
+            params += [] if patch_mask is None else ["masked"]
             name = "ff_convinkron_" + scope_string_from_params(params)
         self._conv = ConvGeometry.make(
             name,
