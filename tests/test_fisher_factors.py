@@ -174,7 +174,7 @@ def test_patches_times_the_filter_are_the_convolution(
     ],
 )
 def test_every_extractor_obeys_the_data_format(extractor):
-    """A 1x1 kernel has one column order; the pixels it visits tell the formats apart."""
+    """A 1x1 kernel has one order of columns; its strides tell the formats apart."""
     x, strides = torch.randn(2, 3, 5, 4), {"NHWC": None, "NCHW": None}
     if extractor == "extract_image_patches":
         strides = {"NHWC": (1, 2, 3, 1), "NCHW": (1, 1, 2, 3)}

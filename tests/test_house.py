@@ -1,13 +1,20 @@
 """The house rules that no linter knows: sizes, dependencies, the public list."""
 
 import ast
+import functools
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+import torch
 
 import kfac_torch
 
@@ -34,14 +41,112 @@ def test_sizes(path):
             assert len(function.args.kwonlyargs) <= MAX_KEYWORDS
 
 
+def is_constant(value):
+    """Whether nothing in a value can be changed: no switch can hide in it."""
+    if isinstance(value, Mapping):
+        return isinstance(value, MappingProxyType) and all(map(is_constant, value.values()))
+    if isinstance(value, tuple | frozenset):
+        return all(map(is_constant, value))
+    if isinstance(value, functools.partial):
+        return is_constant(value.args) and all(map(is_constant, value.keywords.values()))
+    plain = bool | int | float | complex | str | bytes | torch.dtype | None
+    code = type | types.FunctionType | types.BuiltinFunctionType | functools.cached_property
+    of_types = types.GenericAlias | types.UnionType | typing.TypeVar | typing.ForwardRef
+    # `Callable[...]`, `Any` and their like are instances of private classes.
+    of_typing = type(value).__module__ in ("typing", "collections.abc")
+    return of_typing or isinstance(value, plain | code | of_types)
+
+
+def assigned(body):
+    """The names that the statements of a module or a class assign, whatever is around."""
+    for node in body:
+        if isinstance(node, ast.Assign):
+            yield from (n.id for t in node.targets for n in ast.walk(t) if named(n))
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+            if node.value is not None and named(node.target):
+                yield node.target.id
+        elif isinstance(node, ast.For):
+            yield from (n.id for n in ast.walk(node.target) if named(n))
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            for part in ("body", "orelse", "finalbody", "handlers"):
+                yield from assigned(getattr(node, part, []))
+
+
+def named(node):
+    return isinstance(node, ast.Name)
+
+
+def changed(tree):
+    """What functions change of the module, or of another: `global x`, `module.x = ...`."""
+    modules = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield node.lineno
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if named(root) and root.id in modules | classes | {"cls"}:
+                yield node.lineno
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_mutable_module_globals(path):
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            value = node.value
-            mutable = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp
-            assert not isinstance(value, mutable), f"{path}:{node.lineno}"
-    assert "global " not in re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.DOTALL)
+def test_no_global_switches(path):
+    """What a module or a class body assigns is constant, through and through."""
+    name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    module = importlib.import_module(name.removesuffix(".__init__"))
+    tree = ast.parse(path.read_text())
+    for attribute in assigned(tree.body):
+        assert is_constant(getattr(module, attribute)), f"{path}: {attribute}"
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            own = vars(getattr(module, node.name))
+            for attribute in set(assigned(node.body)) & set(own):
+                value = own[attribute]
+                descriptor = hasattr(type(value), "__get__")  # has its state in the object
+                assert descriptor or is_constant(value), f"{path}: {node.name}.{attribute}"
+    assert not list(changed(tree)), f"{path}: {list(changed(tree))}"
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "x = []",
+        "x = dict(a=1)",
+        "x = ({},)",
+        "x = types.MappingProxyType({'a': []})",
+        "x = functools.partial(print, end=[])",
+        "x = torch.zeros(1)",
+        "x = Switch()",
+        "if True:\n    x = set()",
+        "for x in [[]]:\n    pass",
+    ],
+)
+def test_a_global_switch_is_seen(switch):
+    namespace = {"types": types, "functools": functools, "torch": torch}
+    exec(f"class Switch: on = False\n{switch}", namespace)
+    assert list(assigned(ast.parse(switch).body)) == ["x"]
+    assert not is_constant(namespace["x"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "def f():\n    global x\n    x = 1",
+        "import torch\ndef f():\n    torch.backends.cudnn.benchmark = True",
+        "from . import base\ndef f():\n    base.x = 1",
+        "class A:\n    on = False\ndef f():\n    A.on = True",
+        "class A:\n    @classmethod\n    def f(cls):\n        cls.on = True",
+    ],
+)
+def test_a_change_of_a_module_or_a_class_is_seen(change):
+    assert len(list(changed(ast.parse(change)))) == 1
 
 
 def test_importing_the_package_loads_torch_alone():

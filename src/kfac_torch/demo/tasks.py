@@ -27,13 +27,26 @@ from .data import Data
 OPTIMIZERS = ("K-FAC", "SGD", "AdamW")
 TASKS = ("conv", "autoencoder")
 
-Settings: TypeAlias = dict[str, float]
+Settings: TypeAlias = Mapping[str, float]
+
+
+def _frozen(
+    table: Mapping[str, Mapping[str, Settings]],
+) -> Mapping[str, Mapping[str, Settings]]:
+    """Return a copy that nothing can be changed in: a table of a module is a constant."""
+    return MappingProxyType(
+        {
+            task: MappingProxyType({k: MappingProxyType({**v}) for k, v in by.items()})
+            for task, by in table.items()
+        }
+    )
+
 
 # By task and optimizer. "cosine": the part of the step budget over which the learning
 # rate falls to a twentieth, along a cosine; "warm_up": 1 raises it over the first 2 % of
 # the budget. K-FAC's damping goes geometrically from "damping" to "damping_end" over the
 # budget.
-SETTINGS: Mapping[str, dict[str, Settings]] = MappingProxyType(
+SETTINGS: Mapping[str, Mapping[str, Settings]] = _frozen(
     {
         "conv": {
             "K-FAC": {"lr": 0.3, "momentum": 0.9, "damping": 0.003, "damping_end": 0.001},
@@ -49,7 +62,7 @@ SETTINGS: Mapping[str, dict[str, Settings]] = MappingProxyType(
 )
 # For the 28x28 images of the IDX data: set by hand after one to four runs of each
 # optimizer on Fashion-MNIST, not tuned.
-IDX_SETTINGS: Mapping[str, dict[str, Settings]] = MappingProxyType(
+IDX_SETTINGS: Mapping[str, Mapping[str, Settings]] = _frozen(
     {
         "conv": {
             "K-FAC": {
@@ -104,7 +117,7 @@ class Task:
     kfac_loss: str
     target: float
     budget: dict[str, int]
-    settings: dict[str, Settings]
+    settings: Mapping[str, Settings]
     batch_size: int | None = None
 
     @property
