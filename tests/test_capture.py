@@ -133,3 +133,54 @@ def test_layers_that_do_not_reach_the_output_have_no_gradient():
     assert grads["unused"] is None
     assert grads["used"] is not None
     capture.close()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 4), (5, 2, 3)),
+        (nn.Linear(3, 4), (3,)),
+        (nn.Conv1d(3, 4, 2), (3, 6)),
+        (nn.InstanceNorm1d(3, affine=True), (5, 3, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("watch_grads", [False, True])
+def test_an_output_that_is_a_view_behind_an_in_place_activation(layer, shape, watch_grads):
+    x = torch.randn(shape, requires_grad=True)  # not the first layer
+    assert layer(x)._is_view()
+    model, tapes = nn.Sequential(layer, nn.ReLU(inplace=True)), []
+    capture = Capture(
+        model,
+        {"0": layer},
+        lambda z, calls: tapes.append((z, calls)),
+        watch_grads=watch_grads,
+    )
+    z = model(x)
+    weight = torch.randn_like(z)
+    ((_, (call,)),) = tapes
+    if watch_grads:
+        z.backward(weight)
+        (grad,) = call.grads
+    else:
+        (grad,) = grads_at(z, weight, [call])
+    torch.testing.assert_close(grad, weight * (z > 0))
+    capture.close()
+
+
+def test_a_forward_that_fails_is_not_kept():
+    def fail(module, args):
+        raise ValueError("inside")
+
+    model = net()
+    capture = Capture(model, linear_layers(model), lambda z, calls: None)
+    capture.keep_forwards = True
+    model(torch.randn(5, 3))
+    handle = model[2].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="inside"):
+        model(torch.randn(5, 3))
+    handle.remove()
+    assert len(capture.forwards) == 1
+    model(torch.randn(5, 3))
+    assert len(capture.forwards) == 2
+    capture.close()

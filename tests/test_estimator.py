@@ -563,6 +563,24 @@ def test_a_bad_batch_changes_no_factor(mode, where):
     assert not any(a.equal(b) for a, b in zip(before, covs(estimator), strict=True))
 
 
+@pytest.mark.parametrize("mode", ESTIMATION_MODES)
+def test_a_generic_block_of_which_a_part_is_frozen_later(mode):
+    model = net()
+    layers = LayerCollection(model)
+    layers.register_generic(model[0], "full")
+    layers.register_generic(model[2].bias, "full")
+    layers.register_categorical_predictive_distribution()
+    estimator = FisherEstimator(None, 0.9, 0.1, layers, estimation_mode=mode)
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    feed(estimator, torch.randn(5, 2))
+    cov = covs(estimator)[0]
+    size = model[0].weight.numel()
+    assert cov[size:, size:].any()
+    assert not cov[:size].any()
+    assert not estimator.blocks["2.bias"].has_statistics
+
+
 def test_what_is_not_training_is_no_data():
     model, x = net(), torch.randn(6, 2)
     estimator = make(model)
@@ -786,6 +804,8 @@ def test_a_collection_is_of_one_estimator():
     layers = LayerCollection(model)
     layers.auto_register_layers()
     layers.register_categorical_predictive_distribution()
-    FisherEstimator(None, 0.9, 0.1, layers)
+    first = FisherEstimator(None, 0.9, 0.1, layers)
     with pytest.raises(ValueError, match="a collection of its own for every estimator"):
         FisherEstimator(None, 0.9, 0.1, layers)
+    first.release()
+    FisherEstimator(None, 0.9, 0.1, layers)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC, LevenbergMarquardt
+from kfac_torch import KFAC, LayerCollection, LevenbergMarquardt
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -397,3 +397,13 @@ def test_resuming_is_bit_for_bit(momentum_type):
         ahead, final = run(twin, resumed, batches[stop:])
         assert ahead == reference[stop:]
         assert torch.equal(final, end)
+
+
+def test_a_chain_over_time_has_no_prediction_but_that_of_the_quadratic_model():
+    model = nn.Linear(2, 2)
+    layers = LayerCollection(model)
+    layers.register_fully_connected_multi(model, "kron_series_2", time_dim=1)
+    rule = LevenbergMarquardt(initial=0.1)
+    with pytest.raises(NotImplementedError, match=r"layer model.*momentum_type=\"qmodel\""):
+        KFAC(model, "categorical", layers, lr=0.1, damping=rule)
+    KFAC(model, "categorical", layers, damping=rule, momentum_type="qmodel")

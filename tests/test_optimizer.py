@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC
+from kfac_torch import KFAC, LayerCollection
 
 
 def net():
@@ -943,6 +943,44 @@ def test_a_loss_that_does_not_fit_the_output():
     with pytest.raises(ValueError, match=r"at least two classes.*got shape \(8, 1\)"):
         model(torch.randn(8, 3))
     make_one.close()
+
+
+def test_a_constructor_that_fails_leaves_the_collection_as_it_was():
+    model = net()
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    with pytest.raises(ValueError, match="estimation_mode"):
+        make(model, layer_collection=layers, estimation_mode="sampled")
+    assert layers.registered_losses == []
+    make(model, layer_collection=layers)
+    assert len(layers.registered_losses) == 1
+
+
+def test_a_closure_that_fails_leaves_nothing_behind():
+    x, y = batch()
+    after = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = make(model, lr=None, momentum_type="qmodel", estimation_mode="exact")
+        train(model, optimizer, [(x, y)])
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = functional.cross_entropy(model(x), y)
+            value.backward()
+            return value
+
+        def failing(model=model):
+            model(10 * x)
+            raise ValueError("inside")
+
+        if fails:
+            with pytest.raises(ValueError, match="inside"):
+                optimizer.step(failing)
+        optimizer.step(closure)
+        after.append(parameters(model))
+    assert same(*after)
 
 
 def test_a_step_before_any_forward():

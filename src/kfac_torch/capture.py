@@ -4,7 +4,8 @@ Notation: `a` a layer call's input, `s` its output, `z` the network output. The 
 module's forward starts a tape, each layer's forward writes a call on it, the root's end
 hands the tape on; gradients with respect to every `s` are then one
 `torch.autograd.grad`, without weight gradients and without touching any `.grad`. An
-output is held as its edge in the graph, which survives an in-place activation behind it.
+output is held as its edge in the graph, which survives an in-place activation behind it
+(of a view, the output of a linear layer over tokens, by handing on another tensor).
 
 Where `keep_forwards` is set, what the root was called with is kept in `forwards` until
 their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
@@ -77,10 +78,11 @@ class _Hook:
         self._module = weakref.ref(module)
         self._method = method
 
-    def __call__(self, module: nn.Module, *args: Any) -> None:
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
         capture = self._capture()
         if capture is not None and module is self._module():
-            getattr(capture, self._method)(module, *args)
+            return getattr(capture, self._method)(module, *args)
+        return None
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()  # for copy and pickle
@@ -131,6 +133,7 @@ class Capture:
         self._enabled = enabled
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
+        self._kept = False  # whether the running forward is the last of `forwards`
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
         self.keep_forwards = False
@@ -167,7 +170,8 @@ class Capture:
     ) -> None:
         training = model.training and torch.is_grad_enabled()
         self._tape = [] if training and self._enabled() else None
-        if training and self.keep_forwards and self._has_its_params(model):
+        self._kept = training and self.keep_forwards and self._has_its_params(model)
+        if self._kept:
             self.forwards.append(RootCall(args, kwargs, random_state(_device(model))))
 
     def _has_its_params(self, model: nn.Module) -> bool:
@@ -179,26 +183,35 @@ class Capture:
 
     def _record(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Tensor | None:
         name, param = self._layers[layer]
         # Under `functional_call` the layer computes with other parameters than its own.
         if self._tape is None or next(layer.parameters(), None) is not param:
-            return
+            return None
         a = args[0] if args else kwargs.get("input")
         if not isinstance(a, Tensor) or not isinstance(output, Tensor):
-            return
+            return None
         if not output.requires_grad:
-            return
+            return None
+        viewed = output._is_view()
+        if viewed:
+            # A linear layer over tokens returns a view. An in-place activation behind it
+            # would take the view's own place out of the graph; this one is no view.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         edge = None if self._watch_grads else get_gradient_edge(output)
         call = LayerCall(name, a.detach(), edge, a._version, output.nbytes)
         if self._watch_grads:
             watch_gradient(output, call.grads.append)
         self._tape.append(call)
+        return output if viewed else None
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self.recorded = self._tape is not None
         calls, self._tape = self._tape or [], None
         failed = output is None  # the forward raised
+        if failed and self._kept:
+            self.forwards.pop()
+        self._kept = False
         if torch.is_grad_enabled() and not failed:
             self._on_forward(output, calls)
 

@@ -127,7 +127,8 @@ class FisherEstimator(BlockProducts):
         if taken:
             raise ValueError(
                 "layer_collection: expected a collection of its own for every estimator "
-                f"and optimizer, got one whose blocks have factors already: {taken[0]}"
+                f"and optimizer, got one whose blocks have factors already: {taken[0]}; or "
+                "release() the estimator that has them"
             )
         super().__init__(layer_collection)
         self.cov_ema_decay = cov_ema_decay
@@ -162,6 +163,12 @@ class FisherEstimator(BlockProducts):
     def close(self) -> None:
         """Remove every hook from the model."""
         self._capture.close()
+
+    def release(self) -> None:
+        """Remove every hook, and leave the collection to another estimator."""
+        self.close()
+        for block in self.blocks.values():
+            block.release_factors()
 
     def reset(self) -> None:
         """Forget what was gathered and not yet used."""

@@ -116,6 +116,8 @@ class KFAC(torch.optim.Optimizer):
         ValueError: a value out of range, a loss that is not known, or a model without
             any supported layer. In a forward: a network output that does not fit the
             loss. In the first `step`: no forward in training mode before it.
+        NotImplementedError: λ adapts, but an approximation has no product with `F` to
+            predict by (a chain over time); the quadratic model needs none.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> optimizer = KFAC(model, loss="categorical", lr=0.1, damping=1e-2)
@@ -176,16 +178,31 @@ class KFAC(torch.optim.Optimizer):
         self._inverses_due = True
         self._calibrated = False
         self._announced: set[str] = set()
+        try:
+            self._watch(layers, estimation_mode, kind, stride)
+        except (ValueError, NotImplementedError):
+            if loss is not None:
+                layers.registered_losses.pop()  # the user's collection is as it was
+            raise
+
+    def _watch(
+        self, layers: LayerCollection, estimation_mode: str, kind: str, stride: int
+    ) -> None:
+        """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
             None,
-            cov_ema_decay,
+            self._cov_ema_decay,
             lambda: self._updates.total_damping(),
             layers,
             estimation_mode=estimation_mode,
         )
-        self._updates = UpdateRule(
-            self, model, self.estimator, self._names, kind, damping, stride
-        )
+        try:
+            self._updates = UpdateRule(
+                self, self._model, self.estimator, self._names, kind, self._damping, stride
+            )
+        except NotImplementedError:
+            self.estimator.release()
+            raise
 
     def close(self) -> None:
         """Remove every hook from the model."""

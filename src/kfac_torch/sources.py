@@ -40,6 +40,10 @@ class BatchMoments:
             called.setdefault(call.layer, []).append(index)
         self._layers = {name: (blocks[name], indices) for name, indices in called.items()}
         self._generic = {n: b for n, b in blocks.items() if b.needs_param_grads}
+        # Without those that were frozen since, which have no gradients.
+        self._params = [
+            p for b in self._generic.values() for p in b.params if p.requires_grad
+        ]
         # By block, and by the calls that a loss depends on: another loss may depend on
         # others. A moment is a mean over the rows of those calls.
         self._sums: dict[str, dict[tuple[int, ...], list[Tensor]]] = {}
@@ -48,9 +52,8 @@ class BatchMoments:
         """Add one source, which has a part `sources[i] [1, *outputs[i].shape]` at every
         network output.
         """
-        params = [p for block in self._generic.values() for p in block.params]
         edges = [call.output for call in self._calls if call.output is not None]
-        grads = source_grads(outputs, sources, [*edges, *params])
+        grads = source_grads(outputs, sources, [*edges, *self._params])
         self._add_calls(grads[: len(edges)])
         self._add_params(grads[len(edges) :])
 
@@ -61,15 +64,14 @@ class BatchMoments:
             size = sum(call.nbytes for call in self._calls)
             for chunk in columns.split(max(1, _BUFFER_BYTES // max(1, size))):
                 self._add_calls(source_grads([z], [chunk], edges))
-        params = [p for block in self._generic.values() for p in block.params]
-        if params:
+        if self._params:
             # Gradients of parameters mix the examples, so each is a source of its own.
-            size = sum(param.nbytes for param in params)
+            size = sum(param.nbytes for param in self._params)
             for chunk in columns.split(max(1, _BUFFER_BYTES // max(1, size))):
                 for example in range(z.shape[0]):
                     alone = torch.zeros_like(chunk)
                     alone[:, example] = chunk[:, example]
-                    self._add_params(source_grads([z], [alone], params))
+                    self._add_params(source_grads([z], [alone], self._params))
 
     def add_user_grads(self, scale: float) -> None:
         """Add what the user's backward brought to the layer outputs, times `scale`."""
@@ -92,9 +94,9 @@ class BatchMoments:
 
     @torch.no_grad()
     def _add_params(self, grads: Sequence[Tensor | None]) -> None:
-        remaining = list(grads)
+        found = {id(p): grad for p, grad in zip(self._params, grads, strict=True)}
         for name, block in self._generic.items():
-            own = [remaining.pop(0) for _ in block.params]
+            own = [found.get(id(param)) for param in block.params]
             if any(grad is not None for grad in own):
                 self._add(name, (), self._grads(block, [], fill_missing(own, block.params)))
 

@@ -59,8 +59,14 @@ class Trial:
         if self._adapts:
             self._device = next(self._model.parameters()).device
             self._random_state = random_state(self._device)
-        with torch.enable_grad():
-            self._value = self._closure()
+        try:
+            with torch.enable_grad():
+                self._value = self._closure()
+        except BaseException:
+            # The closure is called again for the whole batch: what it left is no part.
+            self._estimator.reset()
+            self._estimator.capture.forwards.clear()
+            raise
         if self._adapts:
             check_evaluation(self._value)
         return self._value

@@ -96,6 +96,9 @@ class UpdateRule:
         names: of the parameters.
         momentum_type: one of `MOMENTUM_TYPES`.
         damping: as `KFAC` was given it.
+
+    Raises:
+        NotImplementedError: λ adapts, and an approximation has no product with `F̂`.
     """
 
     def __init__(
@@ -118,6 +121,18 @@ class UpdateRule:
         self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
         self._undamped = False
         estimator.capture.keep_forwards = self.modelled
+        if self.rule and not self.modelled:
+            self._ask_for_products()
+
+    def _ask_for_products(self) -> None:
+        try:
+            self._estimator.register_matpower(1)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                "damping=LevenbergMarquardt(...) predicts the change of the loss, here by "
+                f"products with the factors: {error}. Expected an approximation that has "
+                'them; use another, or momentum_type="qmodel", which predicts without'
+            ) from error
 
     @property
     def modelled(self) -> bool:
