@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .block_products import BlockProducts
 from .capture import Capture, LayerCall, watch_gradient
-from .damping import DampingFunc
+from .damping import DampingFunc, check_damping
 from .fisher_blocks import FisherBlock, Moment
 from .fisher_factors.base import check_choice
 from .fisher_factors.inverse_providing import refresh_inverses
@@ -82,13 +82,15 @@ class FisherEstimator(BlockProducts):
         exps: the exponents that `multiply_matpower` is to serve (1 always is).
         estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
             weights of several losses enter the empirical statistics squared, as they do
-            the user's gradient.
+            the user's gradient. `"exact"` takes one coordinate of all examples at once,
+            so the first dimension of the network output must be that of examples, which
+            do not interact: `[N, T, classes]` of a sequence model, not `[N T, classes]`.
         seed: of the generator that draws targets; the global one is not touched.
 
     Raises:
-        ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], other variables than
-            those registered, no loss registered, or an exponent that an approximation
-            does not have (`NotImplementedError`).
+        ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], a negative `damping`,
+            other variables than those registered, no layer or no loss registered, or an
+            exponent that an approximation does not have (`NotImplementedError`).
 
     >>> model = torch.nn.Linear(2, 3)
     >>> layers = LayerCollection(model)
@@ -121,6 +123,9 @@ class FisherEstimator(BlockProducts):
                 f"cov_ema_decay: expected a number in [0, 1], got {cov_ema_decay}"
             )
         layer_collection.check_losses()
+        layer_collection.check_blocks()
+        if not callable(damping):
+            check_damping(damping)
         if variables is not None:
             layer_collection.check_variables(variables)
         super().__init__(layer_collection)
@@ -133,6 +138,7 @@ class FisherEstimator(BlockProducts):
         # What the check of the loss found, for the empirical mode.
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
+        self._averages_all = False  # over all micro-batches of a step together
         for block in self.blocks.values():
             block.instantiate_factors(damping)
         for exp in exps:
@@ -304,20 +310,27 @@ class FisherEstimator(BlockProducts):
         alone = len(self._arrived) == 1 and len(self._arrived[0].parts) == 1
         if alone and isinstance(value, float | Tensor):
             known = float(value) if torch.as_tensor(value).numel() == 1 else None
-        for part in (part for forward in self._arrived for part in forward.parts):
+        for index, part in (
+            pair for forward in self._arrived for pair in enumerate(forward.parts)
+        ):
             g = part.gradient
             if g is not None and g.isfinite().all() and g.any():
                 self.loss_checked = True
-                self._report_loss(part, part.loss.gradient_scale(g, known))
+                terms = sum(f.parts[index].loss.num_terms for f in self._arrived)
+                self._report_loss(part, part.loss.gradient_scale(g, known), terms)
                 if alone or self.layers.reduction is not None:
                     return
 
-    def _report_loss(self, part: _Part, scale: Tensor | None) -> None:
+    def _report_loss(self, part: _Part, scale: Tensor | None, all_terms: int) -> None:
         if scale is None:
             return
         reduction = self.layers.reduction
         terms = 1 if reduction == "sum" else part.loss.num_terms
         factor = scale.item() * terms / part.own_coeff
+        share = part.loss.num_terms / all_terms
+        if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
+            self._averages_all = True  # gradients are accumulated as one batch's
+            return
         empirical = self._mode == "empirical"
         message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
         if message is None:
@@ -388,16 +401,18 @@ class FisherEstimator(BlockProducts):
             return
         self.check_loss()
         arrived, self._arrived = self._arrived, []
+        N = sum(forward.num_terms for forward in arrived)
         for forward in arrived:
-            scale = (1 if self._summed else forward.num_terms) / self._gradient_factor
+            terms = N if self._averages_all else forward.num_terms
+            scale = (1 if self._summed else terms) / self._gradient_factor
             scale *= _gradient_share(forward)
             batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
             batch.add_user_grads(scale)
             self._add_moments(batch.moments())
-        # A generic block squares the gradient of all micro-batches together, each a mean
-        # over its own loss terms.
-        N = sum(forward.num_terms for forward in arrived)
-        scale = (1 if self._summed else N / len(arrived)) / self._gradient_factor
+        # A generic block squares the gradient of all micro-batches together, maybe each a
+        # mean over its own loss terms.
+        terms = N if self._averages_all else N / len(arrived)
+        scale = (1 if self._summed else terms) / self._gradient_factor
         scale *= _gradient_share(arrived[0])
         for block in self.blocks.values():
             found = [self._capture.param_grads.get(param) for param in block.params]
@@ -495,6 +510,7 @@ class FisherEstimator(BlockProducts):
             "loss_checked": self.loss_checked,
             "summed": self._summed,
             "gradient_factor": self._gradient_factor,
+            "averages_all": self._averages_all,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -535,6 +551,7 @@ class FisherEstimator(BlockProducts):
         self.loss_checked = state["loss_checked"]
         self._summed = state["summed"]
         self._gradient_factor = state["gradient_factor"]
+        self._averages_all = state["averages_all"]
         self._generator = None
         if state["generator"] is None:
             return
