@@ -103,6 +103,12 @@ def test_arguments():
             FisherEstimator(None, decay, 0.1, layers)
     with pytest.raises(ValueError, match="no loss is registered"):
         FisherEstimator(None, 0.95, 0.1, LayerCollection(model))
+    with pytest.raises(ValueError, match="damping: expected a finite number >= 0, got -1"):
+        FisherEstimator(None, 0.95, -1.0, layers)
+    empty = LayerCollection(model)
+    empty.register_categorical_predictive_distribution()
+    with pytest.raises(ValueError, match="no layer is registered"):
+        FisherEstimator(None, 0.95, 0.1, empty)
 
 
 def test_an_exponent_that_an_approximation_does_not_have():
@@ -290,7 +296,7 @@ def test_all_classes_go_through_one_backward():
 
 
 def test_classes_that_do_not_fit_are_taken_in_parts(monkeypatch):
-    monkeypatch.setattr("kfac_torch.estimator._BUFFER_BYTES", 4 * 3 * 8 * 2)
+    monkeypatch.setattr("kfac_torch.sources._COLUMN_BYTES", 4 * 3 * 8 * 2)
     x, found = torch.randn(4, 2), []
     for parts in (2, 1):
         torch.manual_seed(1)
@@ -664,6 +670,33 @@ def test_generic_blocks_in_the_empirical_mode(coeff, micro_batches):
     summed = nn.functional.cross_entropy(model[2](torch.tanh(s)), y, reduction="sum")
     (g,) = torch.autograd.grad(summed, s)
     close(layers.get_factors()[1].get_cov(), coeff * g.T @ g / 6, atol=1e-8)
+
+
+@pytest.mark.parametrize("approx", ["kron", "diagonal", "full"])
+@pytest.mark.parametrize("how", ["weighted", "one backward"])
+def test_uneven_micro_batches_in_the_empirical_mode(how, approx):
+    """Gradients accumulated to that of the mean over all loss terms."""
+    x, y = torch.randn(8, 2), torch.randint(3, (8,))
+    expected, model = None, net()
+    for sizes in ([8], [3, 4, 1]):
+        layers = LayerCollection(model)
+        for module in (model[0], model[2]):
+            layers.register_fully_connected(module, approx)
+        layers.register_categorical_predictive_distribution()
+        estimator = FisherEstimator(None, 0.9, 0.1, layers, estimation_mode="empirical")
+        parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        if how == "weighted":
+            for xs, ys in parts:
+                loss = nn.functional.cross_entropy(model(xs), ys)
+                (loss * len(xs) / len(x)).backward()
+        else:
+            z = torch.cat([model(xs) for xs, _ in parts])
+            nn.functional.cross_entropy(z, y).backward()
+        assert estimator.update_covariances() == []
+        expected = covs(estimator) if expected is None else expected
+        for cov, want in zip(covs(estimator), expected, strict=True):
+            close(cov, want)
+        estimator.close()
 
 
 def test_the_empirical_mode_understands_a_sum():

@@ -217,6 +217,23 @@ def test_generic():
     assert [id(p) for p in params] == [id(p) for p in model.attention.parameters()]
     with pytest.raises(ValueError, match="expected trained parameters, got none"):
         layers.register_generic(nn.Tanh())
+    with pytest.raises(TypeError, match="register_generic: expected a module or param"):
+        layers.register_generic("scale")
+    fresh = LayerCollection(model)
+    with pytest.raises(ValueError, match="expected every parameter once"):
+        fresh.register_generic([model.offset, model.offset])
+    assert fresh.blocks == {}
+
+
+def test_what_is_no_module_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(
+        TypeError, match=r"got generator; pass model rather than model\.par"
+    ):
+        LayerCollection(model.parameters())
+    for wrong in ([], "0", nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="expected a module of Sequential"):
+            LayerCollection(model).register_fully_connected(wrong)
 
 
 def test_names():

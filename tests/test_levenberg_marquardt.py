@@ -399,6 +399,32 @@ def test_resuming_is_bit_for_bit(momentum_type):
         assert torch.equal(final, end)
 
 
+def test_a_closure_that_fails_after_the_step_leaves_a_step_that_counts():
+    torch.manual_seed(0)
+    model, x, calls = nn.Linear(2, 2), torch.randn(8, 2), []
+    rule = LevenbergMarquardt(initial=0.1, interval=1)
+    optimizer = KFAC(model, nn.MSELoss(), lr=0.1, damping=rule)
+
+    def closure():
+        calls.append(None)
+        if len(calls) == 2:
+            raise ValueError("inside")
+        optimizer.zero_grad()
+        value = model(x).square().mean()
+        value.backward()
+        return value
+
+    with pytest.raises(ValueError, match="inside"):
+        optimizer.step(closure)
+    assert optimizer.state_dict()["kfac"]["num_steps"] == 1
+    assert optimizer.last_step.step == 0
+    assert optimizer.last_step.rho is None
+    assert optimizer.param_groups[0]["damping"] == 0.1
+    optimizer.step(closure)
+    assert optimizer.last_step.step == 1
+    assert optimizer.last_step.rho is not None
+
+
 def test_a_chain_over_time_has_no_prediction_but_that_of_the_quadratic_model():
     model = nn.Linear(2, 2)
     layers = LayerCollection(model)

@@ -273,6 +273,7 @@ def test_targets_that_do_not_fit():
         (z["a"], "got 1"),
         ([z["a"]] * 3, "got 3"),
         ({"a": z["a"]}, "'a'"),
+        (None, "got NoneType"),
     ):
         with pytest.raises(ValueError, match=rf"targets: expected .*\['a', 'b'\].*{got}"):
             losses.eval_losses(z, targets)

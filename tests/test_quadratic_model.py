@@ -333,15 +333,11 @@ def test_micro_batches_are_one_batch():
     twin = copy.deepcopy(model)
     whole, parts = make(model), make(twin)
     train(model, whole, [(x, y)] * 3)
-    for step in range(3):
+    for _ in range(3):
         parts.zero_grad()
         for xs, ys in zip(x.split(8), y.split(8), strict=True):
             (functional.cross_entropy(twin(xs), ys) / 3).backward()
-        if step == 0:
-            with pytest.warns(UserWarning, match=r"is 0\.3333 times that of the mean"):
-                parts.step()
-        else:
-            parts.step()
+        parts.step()  # gradients that are accumulated as one batch's are no mistake
     torch.testing.assert_close(vector(model), vector(twin))
 
 

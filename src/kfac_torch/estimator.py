@@ -19,7 +19,7 @@ merged as if they had been one batch. Left out: when to call `update_covariances
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,18 +29,16 @@ from torch import Tensor
 
 from .block_products import BlockProducts
 from .capture import Capture, LayerCall, watch_gradient
-from .damping import DampingFunc
+from .damping import DampingFunc, check_damping
 from .fisher_blocks import FisherBlock, Moment
 from .fisher_factors.base import check_choice
 from .fisher_factors.inverse_providing import refresh_inverses
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
-from .sources import BatchMoments, fill_missing
+from .sources import BatchMoments, column_chunks, fill_missing
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
-
-_BUFFER_BYTES = 64 * 2**20  # sources at the network output that are held at once
 
 
 @dataclass
@@ -82,13 +80,16 @@ class FisherEstimator(BlockProducts):
         exps: the exponents that `multiply_matpower` is to serve (1 always is).
         estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
             weights of several losses enter the empirical statistics squared, as they do
-            the user's gradient.
+            the user's gradient. `"exact"` takes one coordinate of all examples at once,
+            so the first dimension of the network output must be that of examples, which
+            do not interact: `[N, T, classes]` of a sequence model, not `[N T, classes]`.
         seed: of the generator that draws targets; the global one is not touched.
 
     Raises:
-        ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], other variables than
-            those registered, no loss registered, or a collection that another estimator
-            has. NotImplementedError: an exponent that an approximation does not have.
+        ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], a negative `damping`,
+            other variables than those registered, no layer or no loss registered, or a
+            collection that another estimator has.
+        NotImplementedError: an exponent that an approximation does not have.
 
     >>> model = torch.nn.Linear(2, 3)
     >>> layers = LayerCollection(model)
@@ -121,6 +122,9 @@ class FisherEstimator(BlockProducts):
                 f"cov_ema_decay: expected a number in [0, 1], got {cov_ema_decay}"
             )
         layer_collection.check_losses()
+        layer_collection.check_blocks()
+        if not callable(damping):
+            check_damping(damping)
         if variables is not None:
             layer_collection.check_variables(variables)
         taken = [name for name, b in layer_collection.blocks.items() if b.factors]
@@ -140,6 +144,7 @@ class FisherEstimator(BlockProducts):
         # What the check of the loss found, for the empirical mode.
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
+        self._averages_all = False  # over all micro-batches of a step together
         try:
             for block in self.blocks.values():
                 block.instantiate_factors(damping)
@@ -260,7 +265,7 @@ class FisherEstimator(BlockProducts):
         ]
         if self._mode == "exact":
             for z, part in attached:
-                for some in _chunks(part.loss):
+                for some in column_chunks(part.loss):
                     columns = part.loss.fisher_factor_all_columns(some)
                     batch.add_columns(z, (part.coeff**0.5 * columns).to(z.dtype))
         else:
@@ -322,20 +327,27 @@ class FisherEstimator(BlockProducts):
         alone = len(self._arrived) == 1 and len(self._arrived[0].parts) == 1
         if alone and isinstance(value, float | Tensor):
             known = float(value) if torch.as_tensor(value).numel() == 1 else None
-        for part in (part for forward in self._arrived for part in forward.parts):
+        for index, part in (
+            pair for forward in self._arrived for pair in enumerate(forward.parts)
+        ):
             g = part.gradient
             if g is not None and g.isfinite().all() and g.any():
                 self.loss_checked = True
-                self._report_loss(part, part.loss.gradient_scale(g, known))
+                terms = sum(f.parts[index].loss.num_terms for f in self._arrived)
+                self._report_loss(part, part.loss.gradient_scale(g, known), terms)
                 if alone or self.layers.reduction is not None:
                     return
 
-    def _report_loss(self, part: _Part, scale: Tensor | None) -> None:
+    def _report_loss(self, part: _Part, scale: Tensor | None, all_terms: int) -> None:
         if scale is None:
             return
         reduction = self.layers.reduction
         terms = 1 if reduction == "sum" else part.loss.num_terms
         factor = scale.item() * terms / part.own_coeff
+        share = part.loss.num_terms / all_terms
+        if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
+            self._averages_all = True  # gradients are accumulated as one batch's
+            return
         empirical = self._mode == "empirical"
         message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
         if message is None:
@@ -406,16 +418,18 @@ class FisherEstimator(BlockProducts):
             return
         self.check_loss()
         arrived, self._arrived = self._arrived, []
+        N = sum(forward.num_terms for forward in arrived)
         for forward in arrived:
-            scale = (1 if self._summed else forward.num_terms) / self._gradient_factor
+            terms = N if self._averages_all else forward.num_terms
+            scale = (1 if self._summed else terms) / self._gradient_factor
             scale *= _gradient_share(forward)
             batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
             batch.add_user_grads(scale)
             self._add_moments(batch.moments())
-        # A generic block squares the gradient of all micro-batches together, each a mean
-        # over its own loss terms.
-        N = sum(forward.num_terms for forward in arrived)
-        scale = (1 if self._summed else N / len(arrived)) / self._gradient_factor
+        # A generic block squares the gradient of all micro-batches together, maybe each a
+        # mean over its own loss terms.
+        terms = N if self._averages_all else N / len(arrived)
+        scale = (1 if self._summed else terms) / self._gradient_factor
         scale *= _gradient_share(arrived[0])
         for block in self.blocks.values():
             found = [self._capture.param_grads.get(param) for param in block.params]
@@ -513,6 +527,7 @@ class FisherEstimator(BlockProducts):
             "loss_checked": self.loss_checked,
             "summed": self._summed,
             "gradient_factor": self._gradient_factor,
+            "averages_all": self._averages_all,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -553,6 +568,7 @@ class FisherEstimator(BlockProducts):
         self.loss_checked = state["loss_checked"]
         self._summed = state["summed"]
         self._gradient_factor = state["gradient_factor"]
+        self._averages_all = state["averages_all"]
         self._generator = None
         if state["generator"] is None:
             return
@@ -576,11 +592,3 @@ def _gradient_share(forward: _Forward) -> float:
     """What a weighted loss's gradient is to be multiplied by: `√coeff/coeff`."""
     # Of several losses the gradients have come together, weights and all.
     return forward.parts[0].own_coeff ** -0.5 if len(forward.parts) == 1 else 1.0
-
-
-def _chunks(loss: LossFunction) -> Iterator[range]:
-    """The coordinates of an example's output, as many at once as fit in the buffer."""
-    total = loss.fisher_factor_inner_shape[1:].numel()
-    step = max(1, _BUFFER_BYTES // loss.inputs.nbytes)
-    for start in range(0, total, step):
-        yield range(start, min(start + step, total))

@@ -31,6 +31,9 @@ class LayerCollection(DefaultApproximations, LossCollection):
         model: the root module, whose forward returns what the losses are of.
         options: of all factors.
 
+    Raises:
+        TypeError: `model` is no module.
+
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4))
     >>> layers = LayerCollection(model)
     >>> layers.register_fully_connected(model[0], approx="diagonal")
@@ -42,6 +45,11 @@ class LayerCollection(DefaultApproximations, LossCollection):
     """
 
     def __init__(self, model: nn.Module, options: FactorOptions = FactorOptions()) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "model: expected the root module itself, whose forwards are watched, got "
+                f"{type(model).__name__}; pass model rather than model.parameters()"
+            )
         DefaultApproximations.__init__(self)
         LossCollection.__init__(self)
         self.model = model
@@ -101,11 +109,16 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """Register any block; `num_uses` of its parameters, None for any number.
 
         Raises:
-            ValueError: a name or a parameter that is registered, parameters that are
-                linked with others, one that is frozen or that the model does not have.
+            ValueError: a name or a parameter that is registered or given twice,
+                parameters that are linked with others, one that is frozen or that the
+                model does not have.
         """
         taken = {id(param) for param in self.registered_variables}
         ids = frozenset(map(id, block.params))
+        if len(ids) < len(block.params):
+            raise ValueError(
+                f"layer {block.name}: expected every parameter once, got one twice"
+            )
         if block.name in self.blocks or ids & taken:
             raise ValueError(
                 f"layer {block.name}: expected a layer whose name and parameters are not "
@@ -145,13 +158,14 @@ class LayerCollection(DefaultApproximations, LossCollection):
         num_uses: int | None = 1,
         **kwargs: Any,
     ) -> None:
-        first = module if isinstance(module, nn.Module) else module[0]
-        known = self._module_names.get(id(first))
+        layers = [module] if isinstance(module, nn.Module) else list(module)
+        known = self._module_names.get(id(layers[0])) if layers else None
         if known is None:
             raise ValueError(
-                f"{name or first}: expected a module of {type(self.model).__name__}, the "
-                "model of this collection, got another"
+                f"{name or kind}: expected a module of {type(self.model).__name__}, the "
+                f"model of this collection, got {module!r}"
             )
+        first = layers[0]
         params = frozenset(id(p) for p in first.parameters() if p.requires_grad)
         approx = self._choose(kind, approx, params, name or known or "model")
         block = APPROXIMATIONS[kind][approx](
@@ -191,13 +205,20 @@ class LayerCollection(DefaultApproximations, LossCollection):
             name: of the block; the module's or the parameters' if None.
 
         Raises:
+            TypeError: no module, and no parameters.
             ValueError: as `register_block`, or an unknown approximation.
         """
         if isinstance(params, nn.Module):
             name = name or self._module_names.get(id(params)) or "model"
             params = [p for p in params.parameters() if p.requires_grad]
         params = _sequence(params)
+        if not all(isinstance(p, Tensor) for p in params):
+            raise TypeError(
+                f"register_generic: expected a module or parameters that are trained, got "
+                f"{params!r}"
+            )
         name = name or "+".join(self._param_names.get(id(p), "?") for p in params)
+        name = name or "generic"
         approx = self._choose("generic", approx, frozenset(map(id, params)), name)
         block = APPROXIMATIONS["generic"][approx](params, name, self._options)
         self.register_block(block)
@@ -432,6 +453,14 @@ class LayerCollection(DefaultApproximations, LossCollection):
         return f"parameter {name}" if name else f"a tensor of shape {tuple(param.shape)}"
 
     # Checks.
+
+    def check_blocks(self) -> None:
+        """Raise ValueError unless there is a block."""
+        if not self.blocks:
+            raise ValueError(
+                "no layer is registered: call auto_register_layers() or a register_... "
+                "method of the layer collection first"
+            )
 
     def check_variables(self, variables: Iterable[Tensor]) -> None:
         """Raise ValueError unless `variables` are exactly those registered."""

@@ -236,6 +236,11 @@ class LossCollection:
                     f"{list(targets)}"
                 )
             return targets
+        if not isinstance(targets, Tensor | list | tuple):
+            raise ValueError(
+                f"targets: expected a tensor for each of the losses {names}, got "
+                f"{type(targets).__name__}"
+            )
         given = [targets] if isinstance(targets, Tensor) else list(targets)
         if len(given) != len(names):
             raise ValueError(

@@ -20,7 +20,8 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +96,8 @@ class KFAC(torch.optim.Optimizer):
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
             `"curvature_prop"` (the same by random signs), `"exact"` (all output
-            coordinates in one vectorised pass) or `"empirical"`.
+            coordinates in one vectorised pass; the output's first dimension must be that
+            of examples) or `"empirical"` (the user's own targets).
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses; the first three steps
@@ -178,12 +180,8 @@ class KFAC(torch.optim.Optimizer):
         self._inverses_due = True
         self._calibrated = False
         self._announced: set[str] = set()
-        try:
+        with _loss_taken_back(layers, loss):
             self._watch(layers, estimation_mode, kind, stride)
-        except (ValueError, NotImplementedError):
-            if loss is not None:
-                layers.registered_losses.pop()  # the user's collection is as it was
-            raise
 
     def _watch(
         self, layers: LayerCollection, estimation_mode: str, kind: str, stride: int
@@ -216,7 +214,8 @@ class KFAC(torch.optim.Optimizer):
             closure: re-evaluates the model on this step's batch, calls `backward` and
                 returns the loss; optional, unless λ adapts. It is then called again after
                 the step where an adaptation is due, with the same random numbers; that
-                call leaves no trace: gradients, buffers and random state are put back.
+                call leaves no trace: gradients, buffers and random state are put back. If
+                it raises, the step has been taken, and λ stays.
 
         Returns:
             What the closure returned, at first.
@@ -240,7 +239,8 @@ class KFAC(torch.optim.Optimizer):
             burning = self._num_burnt < self._num_burnin_steps
             collected = self.estimator.collecting and self.estimator.has_statistics()
             bad = self._update_statistics(collected, grads, burning)
-            if not burning and not bad:
+            moves = not burning and not bad
+            if moves:
                 bad = self._move(params, grads, trial)
             if bad:
                 self._skip(", ".join(bad))
@@ -254,9 +254,21 @@ class KFAC(torch.optim.Optimizer):
                 self.estimator.collecting = True
             if self._num_steps % self._invert_every == 0:
                 self._inverses_due = True
+            if moves and params and not bad:
+                self._adapt(trial)  # last: the closure may fail
             return value
         finally:
             self.estimator.capture.forwards.clear()
+
+    def _adapt(self, trial: Trial) -> None:
+        """Adapt λ where due, by the loss at the parameters that the step has led to."""
+        rule, record = self._updates.rule, self.last_step
+        if rule is None or record is None or self._num_steps % rule.interval:
+            return
+        assert record.predicted_change is not None  # `_move` asked for it
+        new_loss, rho = trial.judge(record.predicted_change, rule)
+        self.last_step = replace(record, new_loss=new_loss, rho=rho)
+        self._set_damping(rule.update(record.damping, rho))
 
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
@@ -322,7 +334,7 @@ class KFAC(torch.optim.Optimizer):
         torch._foreach_add_(step.params, step.deltas)
         for p, (key, tensor) in zip(params, step.memory, strict=True):
             self.state[p][key] = tensor
-        record = StepRecord(
+        self.last_step = StepRecord(
             step=self._num_steps,
             lr=step.lr,
             momentum=step.momentum,
@@ -330,11 +342,6 @@ class KFAC(torch.optim.Optimizer):
             loss=trial.loss,
             predicted_change=step.predicted_change,
         )
-        if rule and due:
-            new_loss, rho = trial.judge(step.prediction(), rule)
-            record = replace(record, new_loss=new_loss, rho=rho)
-            self._set_damping(rule.update(group["damping"], rho))
-        self.last_step = record
         return []
 
     def _calibrate(
@@ -475,6 +482,19 @@ def _param_groups(
     return groups
 
 
+@contextmanager
+def _loss_taken_back(
+    layers: LayerCollection, loss: str | nn.Module | LossFactory | None
+) -> Iterator[None]:
+    """Leave the user's collection as it was, where a constructor fails."""
+    try:
+        yield
+    except (ValueError, NotImplementedError):
+        if loss is not None:
+            layers.registered_losses.pop()
+        raise
+
+
 def _complete(
     layers: LayerCollection | None,
     model: nn.Module,
@@ -490,6 +510,10 @@ def _complete(
     if layers is None:
         layers = LayerCollection(model)
         layers.auto_register_layers()
+    elif not isinstance(layers, LayerCollection):
+        raise TypeError(
+            f"layer_collection: expected a LayerCollection, got {type(layers).__name__}"
+        )
     elif layers.model is not model:
         raise ValueError(
             "layer_collection: expected a collection of the model given to KFAC, got one "

@@ -9,15 +9,17 @@ sources (the estimator's business).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .capture import LayerCall, source_grads
 from .fisher_blocks import FisherBlock, Moment
+from .loss_functions import LossFunction
 
 _BUFFER_BYTES = 64 * 2**20  # gradients at layer outputs that are held at once
+_COLUMN_BYTES = 64 * 2**20  # sources at the network output that are held at once
 
 
 class BatchMoments:
@@ -146,3 +148,11 @@ def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> li
         p.new_zeros(S, *p.shape) if grad is None else grad
         for grad, p in zip(grads, params, strict=True)
     ]
+
+
+def column_chunks(loss: LossFunction) -> Iterator[range]:
+    """Yield the coordinates of an example's output, as many at once as fit in a buffer."""
+    total = loss.fisher_factor_inner_shape[1:].numel()
+    step = max(1, _COLUMN_BYTES // loss.inputs.nbytes)
+    for start in range(0, total, step):
+        yield range(start, min(start + step, total))

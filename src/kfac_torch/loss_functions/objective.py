@@ -52,7 +52,8 @@ def make_objective(loss: str | nn.Module | LossFactory) -> Objective:
             understood; or a `LossFunction` class or factory.
 
     Raises:
-        ValueError: an unknown name, criterion, or option of one.
+        ValueError: an unknown name, criterion, or option of one, or a function of
+            `torch.nn.functional`.
         TypeError: something else.
 
     >>> import torch
@@ -65,6 +66,12 @@ def make_objective(loss: str | nn.Module | LossFactory) -> Objective:
         return Objective(_BY_NAME[loss])
     if isinstance(loss, nn.Module):
         return _objective_of_criterion(loss)
+    if getattr(loss, "__module__", None) == "torch.nn.functional":
+        raise ValueError(
+            "loss: expected a name, a torch criterion, or a LossFunction class or factory, "
+            f"got {loss!r}, a function of output and target; pass the criterion's module, "
+            "nn.CrossEntropyLoss() for example"
+        )
     if callable(loss):
         return Objective(loss)
     raise TypeError(
