@@ -310,11 +310,12 @@ def test_damping_is_lambda_whatever_the_number_of_locations(name, T):
         close(block.multiply_matpower(V, exp), DAMPING**exp * V)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("full", "naive diagonal")])
 def test_micro_batches_are_merged(name):
-    """Moments of halves, merged, are those of the whole."""
-    if name in ("full", "naive diagonal"):
-        pytest.skip("the square of a sum over a batch is not a mean over halves")
+    """Moments of halves, merged, are those of the whole.
+
+    Not so of generic blocks: the square of a sum is no mean over halves.
+    """
     case = CASES[name]
     inputs, (grads,) = draw(case)
     block = case.make()

@@ -92,7 +92,10 @@ def test_fully_connected_diagonal_against_explicit_squares(bias):
     for a, g in zip(inputs, grads, strict=True):
         a = torch.cat([a, torch.ones(1)]) if bias else a
         squares.append(torch.outer(a, g) ** 2)
-    make = lambda: FullyConnectedDiagonalFB(nn.Linear(3, 2, bias=bias))  # noqa: E731
+
+    def make():
+        return FullyConnectedDiagonalFB(nn.Linear(3, 2, bias=bias))
+
     check_against_squares(make, inputs, grads, squares)
 
 

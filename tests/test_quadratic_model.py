@@ -318,7 +318,10 @@ def test_a_linear_model_with_a_normal_loss_is_solved_in_a_few_steps(momentum_typ
     model, x = nn.Linear(6, 4), torch.randn(50, 6)
     y = torch.randn(50, 4)
     optimizer = make(model, "normal", damping=1e-9, momentum_type=momentum_type)
-    loss = lambda z, y: 0.5 * (z - y).square().sum(1).mean()  # noqa: E731
+
+    def loss(z, y):
+        return 0.5 * (z - y).square().sum(1).mean()
+
     before = loss(model(x), y).item()
     train(model, optimizer, [(x, y)], loss)
     after = loss(model(x), y).item()

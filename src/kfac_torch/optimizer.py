@@ -171,7 +171,6 @@ class KFAC(torch.optim.Optimizer):
         self._names = names
         self._damping = damping
         self._momentum_type = kind
-        self._cov_ema_decay = cov_ema_decay
         self._cov_update_every = cov_update_every
         self._invert_every = invert_every
         self._num_burnin_steps = num_burnin_steps
@@ -181,15 +180,20 @@ class KFAC(torch.optim.Optimizer):
         self._calibrated = False
         self._announced: set[str] = set()
         with _loss_taken_back(layers, loss):
-            self._watch(layers, estimation_mode, kind, stride)
+            self._watch(layers, cov_ema_decay, estimation_mode, kind, stride)
 
     def _watch(
-        self, layers: LayerCollection, estimation_mode: str, kind: str, stride: int
+        self,
+        layers: LayerCollection,
+        cov_ema_decay: float,
+        estimation_mode: str,
+        kind: str,
+        stride: int,
     ) -> None:
         """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
             None,
-            self._cov_ema_decay,
+            cov_ema_decay,
             lambda: self._updates.total_damping(),
             layers,
             estimation_mode=estimation_mode,
@@ -285,8 +289,8 @@ class KFAC(torch.optim.Optimizer):
             return []
         norms = torch._foreach_norm(grads)
         flags = [norm.isfinite().to(norms[0].device) for norm in norms]
-        estimator.cov_ema_decay = 1.0 if burning else self._cov_ema_decay
-        return estimator.update_covariances(torch.stack(flags).all() if flags else None)
+        finite = torch.stack(flags).all() if flags else None
+        return estimator.update_covariances(finite, decay=1.0 if burning else None)
 
     def _update_inverses(self) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""
