@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_torch.capture import Capture, source_grads
+from kfac_torch.capture import Capture, Layer, source_grads
 
 
 def net():
@@ -12,7 +12,7 @@ def net():
 
 
 def linear_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {n: Layer((m,)) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def num_hooks(model):
@@ -66,7 +66,9 @@ def test_when_nothing_is_recorded(how):
 
 def test_the_root_may_be_a_layer():
     model, tapes = nn.Linear(3, 2), []
-    capture = Capture(model, {"model": model}, lambda z, calls: tapes.append(calls))
+    capture = Capture(
+        model, {"model": Layer((model,))}, lambda z, calls: tapes.append(calls)
+    )
     model(torch.randn(5, 3))
     assert [call.layer for call in tapes[0]] == ["model"]
     capture.close()
@@ -84,7 +86,7 @@ def test_an_exception_in_a_forward_leaves_no_calls_behind():
 
 def test_an_input_that_was_overwritten_is_reported():
     model, tapes = nn.Linear(3, 2), []
-    capture = Capture(model, {"fc": model}, lambda z, calls: tapes.append(calls))
+    capture = Capture(model, {"fc": Layer((model,))}, lambda z, calls: tapes.append(calls))
     x = torch.randn(5, 3)
     model(x)
     x.zero_()
@@ -97,7 +99,7 @@ def test_an_input_that_was_overwritten_is_reported():
 def test_no_hook_remains(how):
     model = net()
     capture = Capture(model, linear_layers(model), lambda z, calls: None)
-    assert num_hooks(model) == 4
+    assert num_hooks(model) == 2
     if how == "close":
         capture.close()
         capture.close()
@@ -105,6 +107,26 @@ def test_no_hook_remains(how):
         del capture
         gc.collect()
     assert num_hooks(model) == 0
+
+
+def test_layers_have_hooks_in_a_recorded_forward_alone():
+    model, due, seen = net(), True, []
+    model[1].register_forward_hook(lambda *args: seen.append(num_hooks(model) - 1))
+    capture = Capture(
+        model, linear_layers(model), lambda z, calls: None, enabled=lambda: due
+    )
+    model(torch.randn(5, 3))
+    due = False
+    model(torch.randn(5, 3))
+    due = True
+    model.eval()(torch.randn(5, 3))
+    assert seen == [4, 2, 2]
+    model.train()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 4))  # of another size
+    assert num_hooks(model) == 3
+    capture.close()
+    assert num_hooks(model) == 1
 
 
 def test_layers_that_do_not_reach_the_output_have_no_gradient():
@@ -152,7 +174,7 @@ def test_an_output_that_is_a_view_behind_an_in_place_activation(layer, shape, wa
     model, tapes = nn.Sequential(layer, nn.ReLU(inplace=True)), []
     capture = Capture(
         model,
-        {"0": layer},
+        {"0": Layer((layer,))},
         lambda z, calls: tapes.append((z, calls)),
         watch_grads=watch_grads,
     )

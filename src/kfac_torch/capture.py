@@ -7,7 +7,9 @@ hands the tape on; gradients with respect to every `s` are then one
 output is held as its edge in the graph, which survives an in-place activation behind it
 (of a view, the output of a linear layer over tokens, by handing on another tensor).
 
-Where `keep_forwards` is set, what the root was called with is kept in `forwards` until
+The root alone is hooked for good; layers are for the one forward that is recorded, so
+that other forwards cost nothing, and a compiled root runs that one uncompiled. Where
+`keep_forwards` is set, what the root was called with is kept in `forwards` until
 their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
 `enabled()` is false, or under `functional_call`. The hooks hold the capture weakly: they
 leave with it, or with `close()`, and do nothing on a copy of the model.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,8 +28,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
+"""What a layer is taken to be given, of the arguments of its call: `a`, a tensor; None
+for a call that is not to be recorded."""
+
+
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the first argument of a call: what most layers are given."""
+    return args[0] if args else kwargs.get("input")
+
 
 @dataclass(frozen=True)
+class Layer:
+    """What to record under one name.
+
+    Args:
+        modules: one, or several that share their parameters.
+        read: what the layer is given, of the arguments of a call.
+    """
+
+    modules: tuple[nn.Module, ...]
+    read: Reader = first_input
+
+
+@dataclass(eq=False)
 class RootCall:
     """What one forward of the root module was given, so that it can be run again.
 
@@ -34,14 +59,19 @@ class RootCall:
         args: as called.
         kwargs: as called.
         random_state: of the global generators when it began (`random_state`).
+        weights: of the loss terms, by loss, and their number, as far as the backward has
+            shown them; None where all weigh 1.
+        arrived: whether a backward has reached the network output.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState
+    weights: list[tuple[Tensor, float] | None] = field(default_factory=list)
+    arrived: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerCall:
     """One call of one layer.
 
@@ -79,6 +109,8 @@ class _Hook:
         self._method = method
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None  # the compiled root is to be watched, from outside
         capture = self._capture()
         if capture is not None and module is self._module():
             return getattr(capture, self._method)(module, *args)
@@ -100,8 +132,8 @@ class Capture:
     """Record the calls of some layers during a forward of the root module.
 
     Args:
-        model: the root module.
-        layers: the modules to record by name, one or several that share it.
+        model: the root module; a compiled one as `torch.compile` returned it.
+        layers: what to record, by name.
         on_forward: called at the end of every forward with gradients enabled, with the
             root's output and the calls (none in `eval` mode or while `enabled()` is
             false).
@@ -113,7 +145,8 @@ class Capture:
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
     >>> tapes = []
-    >>> capture = Capture(model, {"0": model[0]}, lambda z, calls: tapes.append(calls))
+    >>> layers = {"0": Layer((model[0],))}
+    >>> capture = Capture(model, layers, lambda z, calls: tapes.append(calls))
     >>> _ = model(torch.ones(4, 2))
     >>> tapes[0][0].layer, tuple(tapes[0][0].input.shape)
     ('0', (4, 2))
@@ -123,7 +156,7 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module | Sequence[nn.Module]],
+        layers: Mapping[str, Layer],
         on_forward: Callable[[Any, list[LayerCall]], None],
         enabled: Callable[[], bool] = lambda: True,
         watch_grads: bool = False,
@@ -133,25 +166,19 @@ class Capture:
         self._enabled = enabled
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
-        self._kept = False  # whether the running forward is the last of `forwards`
+        self._recording = ExitStack()  # what ends with the forward that is recorded
+        self._kept: RootCall | None = None  # of the running forward, or of the last
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
         self.keep_forwards = False
         self.forwards: list[RootCall] = []
         self._layers = {
-            layer: (name, next(layer.parameters(), None))
-            for name, group in layers.items()
-            for layer in ([group] if isinstance(group, nn.Module) else group)
+            module: (name, layer.read, next(module.parameters(), None))
+            for name, layer in layers.items()
+            for module in layer.modules
         }
-        # The layers' hooks first: the root may itself be a layer. They are prepended, to
-        # see the output before a hook of the user changes it.
-        handles = [
-            layer.register_forward_hook(
-                _Hook(self, layer, "_record"), prepend=True, with_kwargs=True
-            )
-            for layer in self._layers
-        ]
-        handles += [param.register_hook(_ParamHook(self, param)) for param in watch_params]
+        self._compiled = uncompiled(model) is not model
+        handles = [param.register_hook(_ParamHook(self, param)) for param in watch_params]
         handles += [
             # Before any hook of the user, which will see the same arguments again.
             model.register_forward_pre_hook(
@@ -163,38 +190,61 @@ class Capture:
 
     def close(self) -> None:
         """Remove every hook."""
+        self._recording.close()
         self._finalizer()
+
+    @property
+    def last_forward(self) -> RootCall | None:
+        """What the running forward was given, where that is kept."""
+        return self._kept
 
     def _start(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         training = model.training and torch.is_grad_enabled()
-        self._tape = [] if training and self._enabled() else None
-        self._kept = training and self.keep_forwards and self._has_its_params(model)
-        if self._kept:
-            self.forwards.append(RootCall(args, kwargs, random_state(_device(model))))
+        self._recording.close()
+        self._tape, self._kept = None, None
+        if training and self._enabled():
+            self._tape = []
+            self._watch_layers()
+        if training and self.keep_forwards and self._has_its_params():
+            self._kept = RootCall(args, kwargs, random_state(_device(model)))
+            self.forwards.append(self._kept)
 
-    def _has_its_params(self, model: nn.Module) -> bool:
+    def _watch_layers(self) -> None:
+        # Prepended, to see the output before a hook of the user changes it. The root may
+        # itself be a layer.
+        for module in self._layers:
+            handle = module.register_forward_hook(
+                _Hook(self, module, "_record"), prepend=True, with_kwargs=True
+            )
+            self._recording.callback(handle.remove)
+        if self._compiled:
+            self._recording.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def _has_its_params(self) -> bool:
         """Whether a call is one of the model's own, not one under `functional_call`."""
         return all(
-            next(layer.parameters(), None) is param
-            for layer, (_, param) in self._layers.items()
+            next(module.parameters(), None) is param
+            for module, (_, _, param) in self._layers.items()
         )
 
     def _record(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
-        name, param = self._layers[layer]
+        name, read, param = self._layers[module]
         # Under `functional_call` the layer computes with other parameters than its own.
-        if self._tape is None or next(layer.parameters(), None) is not param:
+        if self._tape is None or next(module.parameters(), None) is not param:
             return None
-        a = args[0] if args else kwargs.get("input")
-        if not isinstance(a, Tensor) or not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        if not output.requires_grad:
-            return None
-        viewed = output._is_view()
-        if viewed:
+        a = read(module, args, kwargs)
+        return self._write(name, a, output) if isinstance(a, Tensor) else None
+
+    def _write(self, name: str, a: Tensor, output: Tensor) -> Tensor:
+        """Put a call on the tape; return the output to go on with."""
+        assert self._tape is not None
+        if output._is_view():
             # A linear layer over tokens returns a view. An in-place activation behind it
             # would take the view's own place out of the graph; this one is no view.
             output = torch.ops.aten._unsafe_view(output, output.shape)
@@ -203,17 +253,23 @@ class Capture:
         if self._watch_grads:
             watch_gradient(output, call.grads.append)
         self._tape.append(call)
-        return output if viewed else None
+        return output
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self.recorded = self._tape is not None
         calls, self._tape = self._tape or [], None
+        self._recording.close()
         failed = output is None  # the forward raised
-        if failed and self._kept:
-            self.forwards.pop()
-        self._kept = False
+        if failed and self._kept is not None:
+            self.forwards.remove(self._kept)
+            self._kept = None
         if torch.is_grad_enabled() and not failed:
             self._on_forward(output, calls)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was given, or the module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -311,8 +367,8 @@ def _grad(
     batched: bool = False,
 ) -> list[Tensor | None]:
     mixed: Any = list(inputs)  # tensors and edges together, which the stubs do not know
-    return list(
-        torch.autograd.grad(
+    try:
+        grads = torch.autograd.grad(
             list(outputs),
             mixed,
             list(sources),
@@ -320,4 +376,11 @@ def _grad(
             allow_unused=True,
             is_grads_batched=batched,
         )
-    )
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "K-FAC takes gradients to the layers' outputs, which a torch.utils.checkpoint "
+            f"with use_reentrant=True does not give; use use_reentrant=False: {error}"
+        ) from error
+    return list(grads)

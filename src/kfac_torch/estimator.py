@@ -11,16 +11,20 @@ are taken is the mode:
 
 (Martens & Grosse 2015, arXiv 1503.05671, sections 2 and 5; Martens, Sutskever & Swersky
 2012, arXiv 1206.6464, for curvature propagation; Kunstner et al. 2019, arXiv 1905.12558,
-on why the empirical one is a different matrix.) Micro-batches since the last update are
-merged as if they had been one batch. Left out: when to call `update_covariances` and
-`update_inverses` (the optimizer's business).
+on why the empirical one is a different matrix.)
+
+They are taken where the user's backward has just brought the gradient to `z`, before it
+goes on: that gradient shows which loss terms count (an `ignore_index`, padded tokens,
+class weights), with no target in sight. Forwards that no backward has reached when the
+factors are updated are taken then, if no other was; else they are left out. Micro-batches
+since the last update are merged as if they had been one batch. Left out: when to call
+`update_covariances` and `update_inverses` (the optimizer's business).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,41 +32,18 @@ import torch
 from torch import Tensor
 
 from .block_products import BlockProducts
-from .capture import Capture, LayerCall, watch_gradient
+from .capture import Capture, Layer, LayerCall
 from .damping import DampingFunc, check_damping
 from .fisher_blocks import FisherBlock, Moment
 from .fisher_factors.base import check_choice
 from .fisher_factors.inverse_providing import refresh_inverses
+from .forwards import Forward, Forwards, LossPart, without_nan
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
 from .sources import BatchMoments, column_chunks, fill_missing
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
-
-
-@dataclass
-class _Part:
-    """One loss of a forward, until the user's backward has run."""
-
-    loss: LossFunction
-    coeff: float  # of its Fisher in the summed loss, in terms of the first loss
-    own_coeff: float  # of −log p in one of its own terms
-    gradient: Tensor | None = None  # at z: all that has arrived
-
-
-@dataclass
-class _Forward:
-    parts: list[_Part]
-    calls: list[LayerCall]
-
-    @property
-    def num_terms(self) -> int:
-        return self.parts[0].loss.num_terms
-
-    @property
-    def arrived(self) -> bool:
-        return any(part.gradient is not None for part in self.parts)
 
 
 class FisherEstimator(BlockProducts):
@@ -154,16 +135,22 @@ class FisherEstimator(BlockProducts):
             for block in self.blocks.values():
                 block.release_factors()
             raise
-        empirical = estimation_mode == "empirical"
-        self._capture = Capture(
-            layer_collection.model,
-            {name: block.modules for name, block in self.blocks.items()},
+        self._capture = self._watch()
+        self.reset()
+
+    def _watch(self) -> Capture:
+        empirical = self._mode == "empirical"
+        return Capture(
+            self.layers.model,
+            {
+                name: Layer(block.modules, block.call_input)
+                for name, block in self.blocks.items()
+            },
             self._on_forward,
             lambda: self.collecting,
             watch_grads=empirical,
             watch_params=self._generic_params() if empirical else (),
         )
-        self.reset()
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -179,8 +166,16 @@ class FisherEstimator(BlockProducts):
         """Forget what was gathered and not yet used."""
         self._pending: dict[str, list[Moment | None]] = {}
         self._finite: Tensor | None = None
-        self._arrived: list[_Forward] = []
+        self._forwards = Forwards(self.layers, self._gather)
         self._capture.param_grads.clear()
+
+    def forget_gradients(self) -> None:
+        """Forget what came with the gradients so far, which are cleared too."""
+        self._pending.clear()
+        self._finite = None
+        self._forwards.arrived.clear()
+        self._capture.param_grads.clear()
+        self._capture.forwards = [f for f in self._capture.forwards if not f.arrived]
 
     @property
     def sums_gradients(self) -> bool:
@@ -188,9 +183,9 @@ class FisherEstimator(BlockProducts):
         return self.layers.reduction == "sum"
 
     @property
-    def num_terms(self) -> int:
+    def num_terms(self) -> float:
         """The loss terms of all forwards whose backward has run since `reset`."""
-        return sum(forward.num_terms for forward in self._arrived)
+        return sum(forward.num_terms for forward in self._forwards.arrived)
 
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""
@@ -201,86 +196,62 @@ class FisherEstimator(BlockProducts):
         """What watches the model's forwards."""
         return self._capture
 
-    # During a forward.
+    # During a forward, and when its backward begins.
 
     def _on_forward(self, output: Any, calls: list[LayerCall]) -> None:
-        watched = not self.loss_checked or self.sums_gradients
-        recording = self._capture.recorded and (bool(calls) or self._has_generic_params())
-        if not recording and not watched:
+        recorded = self._capture.recorded and (bool(calls) or self._has_generic_params())
+        for call in calls:
+            call.check_unchanged()
+        root = self._capture.last_forward
+        if recorded or root is not None or not self.loss_checked or self.sums_gradients:
+            self._forwards.add(output, calls if recorded else None, root)
+
+    def _gather(
+        self, forward: Forward, calls: list[LayerCall], outputs: list[Tensor]
+    ) -> None:
+        """Take the statistics of a forward, unless the user's gradients make them."""
+        if self._mode == "empirical":
+            forward.calls = calls  # until the backward has been through the layers
             return
-        outputs = [z for _, z in self.layers.network_outputs(output)]
-        if not any(z.requires_grad for z in outputs):
-            return
-        with torch.autocast(outputs[0].device.type, enabled=False):
-            forward = self._describe(outputs, calls)
-            if recording:
-                flags = [
-                    ~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs
-                ]
-                flags = [flag.to(flags[0].device) for flag in flags]
-                finite = torch.stack(flags).all()
-                self._finite = finite if self._finite is None else self._finite & finite
-            if recording and self._mode != "empirical":
-                self._collect(forward, outputs)
-                forward.calls = []  # they hold the graph, which is about to hold a hook
-        if watched or self._mode == "empirical":
-            self._watch(forward, outputs)
+        flags = [~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs]
+        finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        self._collect(forward, calls, outputs)
 
-    def _describe(self, outputs: list[Tensor], calls: list[LayerCall]) -> _Forward:
-        parts = []
-        for entry, z in zip(self.layers.registered_losses, outputs, strict=True):
-            # A NaN must not stop the sampling; it is remembered. -Inf is a mask.
-            safe = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-            safe = safe.nan_to_num(0.0, 0.0, torch.finfo(safe.dtype).min)
-            loss, coeff = entry.objective.factory(safe), entry.objective.coeff(z)
-            share = parts[0].loss.num_terms / loss.num_terms if parts else 1.0
-            parts.append(_Part(loss, coeff * share, coeff))
-        return _Forward(parts, calls)
-
-    def _watch(self, forward: _Forward, outputs: list[Tensor]) -> None:
-        arrived = self._arrived  # of this step: a later one has a list of its own
-
-        def keeper(part: _Part) -> Callable[[Tensor], None]:
-            def keep(gradient: Tensor) -> None:
-                if not forward.arrived:
-                    arrived.append(forward)
-                # Several backwards through one graph add up, as they do in .grad.
-                part.gradient = (
-                    gradient if part.gradient is None else part.gradient + gradient
-                )
-
-            return keep
-
-        for part, z in zip(forward.parts, outputs, strict=True):
-            if z.requires_grad:
-                watch_gradient(z, keeper(part))
-
-    def _collect(self, forward: _Forward, outputs: list[Tensor]) -> None:
+    def _collect(
+        self, forward: Forward, calls: list[LayerCall], outputs: list[Tensor]
+    ) -> None:
         """Take gradients from the network outputs to the layers, and their moments."""
-        batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
+        batch = BatchMoments(calls, self.blocks, forward.num_terms, forward.has_idle_terms)
         attached = [
             (z, part)
             for z, part in zip(outputs, forward.parts, strict=True)
-            if z.requires_grad
+            if z.requires_grad and part.terms > 0
         ]
         if self._mode == "exact":
             for z, part in attached:
-                for some in column_chunks(part.loss):
-                    columns = part.loss.fisher_factor_all_columns(some)
-                    batch.add_columns(z, (part.coeff**0.5 * columns).to(z.dtype))
+                loss = part.factory(without_nan(z))
+                for some in column_chunks(loss):
+                    columns = loss.fisher_factor_all_columns(some)
+                    batch.add_columns(
+                        z, part.source(columns, forward.num_terms).to(z.dtype)
+                    )
         else:
-            sources = [self._draw(part).to(z.dtype)[None] for z, part in attached]
+            sources = [
+                part.source(self._draw(part.factory(without_nan(z))), forward.num_terms).to(
+                    z.dtype
+                )[None]
+                for z, part in attached
+            ]
             batch.add([z for z, _ in attached], sources)
         self._add_moments(batch.moments())
 
-    def _draw(self, part: _Part) -> Tensor:
+    def _draw(self, loss: LossFunction) -> Tensor:
         """One random source at the network output, whose second moment is the Fisher."""
-        generator = self._generator_on(part.loss.inputs.device)
+        generator = self._generator_on(loss.inputs.device)
         if self._mode == "gradients":
-            source = part.loss.sample_gradient(generator)
-        else:
-            source = part.loss.fisher_factor_random_signs(generator)
-        return part.coeff**0.5 * source
+            return loss.sample_gradient(generator)
+        return loss.fisher_factor_random_signs(generator)
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
@@ -324,27 +295,31 @@ class FisherEstimator(BlockProducts):
         if self.loss_checked:
             return
         known = None
-        alone = len(self._arrived) == 1 and len(self._arrived[0].parts) == 1
+        alone = (
+            len(self._forwards.arrived) == 1 and len(self._forwards.arrived[0].parts) == 1
+        )
         if alone and isinstance(value, float | Tensor):
             known = float(value) if torch.as_tensor(value).numel() == 1 else None
         for index, part in (
-            pair for forward in self._arrived for pair in enumerate(forward.parts)
+            pair for forward in self._forwards.arrived for pair in enumerate(forward.parts)
         ):
             g = part.gradient
             if g is not None and g.isfinite().all() and g.any():
                 self.loss_checked = True
-                terms = sum(f.parts[index].loss.num_terms for f in self._arrived)
+                terms = sum(f.parts[index].terms for f in self._forwards.arrived)
+                if part.weights is not None:
+                    g = torch.where(part.weights > 0, g / part.weights, 0)
                 self._report_loss(part, part.loss.gradient_scale(g, known), terms)
                 if alone or self.layers.reduction is not None:
                     return
 
-    def _report_loss(self, part: _Part, scale: Tensor | None, all_terms: int) -> None:
+    def _report_loss(self, part: LossPart, scale: Tensor | None, all_terms: float) -> None:
         if scale is None:
             return
         reduction = self.layers.reduction
-        terms = 1 if reduction == "sum" else part.loss.num_terms
-        factor = scale.item() * terms / part.own_coeff
-        share = part.loss.num_terms / all_terms
+        terms = 1 if reduction == "sum" else part.terms
+        factor = scale.item() * terms / part.coeff
+        share = part.terms / all_terms
         if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
             self._averages_all = True  # gradients are accumulated as one batch's
             return
@@ -360,8 +335,9 @@ class FisherEstimator(BlockProducts):
 
     def has_statistics(self) -> bool:
         """Whether anything was gathered since the last update."""
+        self._forwards.take_rest()
         if self._mode == "empirical":
-            calls = [call for forward in self._arrived for call in forward.calls]
+            calls = [call for forward in self._forwards.arrived for call in forward.calls]
             return any(call.grads for call in calls) or bool(self._capture.param_grads)
         return any(moment for moments in self._pending.values() for moment in moments)
 
@@ -380,6 +356,7 @@ class FisherEstimator(BlockProducts):
             gradient"`. If there is one, every factor keeps its last good value.
         """
         try:
+            self._forwards.take_rest()
             self._add_empirical()
             flags = {
                 name: torch.stack([m.cov.isfinite().all() for m in moments if m]).all()
@@ -414,16 +391,18 @@ class FisherEstimator(BlockProducts):
 
     def _add_empirical(self) -> None:
         """The user's gradients, brought to those of the summed loss; used up by this."""
-        if self._mode != "empirical" or not self._arrived:
+        if self._mode != "empirical" or not self._forwards.arrived:
             return
         self.check_loss()
-        arrived, self._arrived = self._arrived, []
+        arrived = self._forwards.take_arrived()
         N = sum(forward.num_terms for forward in arrived)
         for forward in arrived:
             terms = N if self._averages_all else forward.num_terms
             scale = (1 if self._summed else terms) / self._gradient_factor
             scale *= _gradient_share(forward)
-            batch = BatchMoments(forward.calls, self.blocks, forward.num_terms)
+            batch = BatchMoments(
+                forward.calls, self.blocks, forward.num_terms, forward.has_idle_terms
+            )
             batch.add_user_grads(scale)
             self._add_moments(batch.moments())
         # A generic block squares the gradient of all micro-batches together, maybe each a
@@ -491,8 +470,9 @@ class FisherEstimator(BlockProducts):
     create_ops_and_vars_thunks = make_vars_and_create_op_thunks
 
     def _update_covariance(self, block: FisherBlock, index: int) -> None:
+        self._forwards.take_rest()
         self._add_empirical()
-        self._arrived = []  # they hold outputs, and are of no further use
+        self._forwards.take_arrived()  # they hold outputs, and are of no further use
         moments = self._pending.get(block.name)
         moment = moments[index] if moments else None
         if moments is None or moment is None:
@@ -588,7 +568,7 @@ def _update_inverse(block: FisherBlock, index: int) -> None:
         refresh_inverses([block.factors[index]])
 
 
-def _gradient_share(forward: _Forward) -> float:
+def _gradient_share(forward: Forward) -> float:
     """What a weighted loss's gradient is to be multiplied by: `√coeff/coeff`."""
     # Of several losses the gradients have come together, weights and all.
-    return forward.parts[0].own_coeff ** -0.5 if len(forward.parts) == 1 else 1.0
+    return forward.parts[0].coeff ** -0.5 if len(forward.parts) == 1 else 1.0

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .approximations import APPROXIMATIONS, DefaultApproximations
+from .capture import uncompiled
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
@@ -59,8 +60,9 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
         # Shared modules and parameters are known by their first name.
-        self._module_names = {id(m): name for name, m in model.named_modules()}
-        self._param_names = {id(p): name for name, p in model.named_parameters()}
+        module = uncompiled(model)
+        self._module_names = {id(m): name for name, m in module.named_modules()}
+        self._param_names = {id(p): name for name, p in module.named_parameters()}
 
     # Linked parameters.
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import uncompiled
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .layer_collection import LayerCollection
@@ -65,7 +66,8 @@ class KFAC(torch.optim.Optimizer):
     where inverses are.
 
     Args:
-        model: the root module; the loss must be a function of what its forward returns.
+        model: the root module, or what `torch.compile` made of it; the loss must be a
+            function of what its forward returns.
         loss: `"categorical"`, `"normal"` (`½‖t − y‖²`), `"bernoulli"`, the torch
             criterion in use, or a `LossFunction` class or factory. It says how
             the Fisher is taken; the gradient is whatever the user's backward brings,
@@ -163,7 +165,8 @@ class KFAC(torch.optim.Optimizer):
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = _complete(layer_collection, model, loss, output)
-        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        module = uncompiled(model)
+        names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(_param_groups(names, layers, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
@@ -209,6 +212,15 @@ class KFAC(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove every hook from the model."""
         self.estimator.close()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and forget the statistics that came with them.
+
+        A step that never came (a `GradScaler` leaves it out after an overflow) then has no
+        part in the next one.
+        """
+        super().zero_grad(set_to_none)
+        self.estimator.forget_gradients()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -301,7 +313,9 @@ class KFAC(torch.optim.Optimizer):
                 "KFAC.step(): there are no statistics yet. Expected a call of the model "
                 "given to KFAC (model(x), not model.forward(x)), in training mode and with "
                 "gradients enabled, and its backward, between constructing the optimizer "
-                "and the first step()"
+                "and the first step(). Where torch.compile(model) is called, give KFAC the "
+                "compiled module; a torch.utils.checkpoint hides its layers unless "
+                "use_reentrant=False"
             )
         for block in blocks:
             block.follow_params()

@@ -16,6 +16,7 @@ which directions (the optimizer's business), and how `λ` follows (`damping.py`)
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ from .loss_functions import LossFunction
 
 Losses: TypeAlias = Callable[[Any], list[tuple[LossFunction, float]]]
 """What a network output means: distributions, each with the weight of its loss term."""
+
+
+TermWeights: TypeAlias = "tuple[Tensor, Tensor | float] | None"
+"""Weights that multiply a network output, and the number of loss terms that they make."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ def fisher_products(
     losses: Losses,
     params: Mapping[str, Tensor],
     directions: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[Sequence[TermWeights]] = (),
 ) -> Tensor:
     """Return `A [k, k]`, the exact Fisher of the mean loss between directions.
 
@@ -141,6 +147,7 @@ def fisher_products(
         losses: what their outputs mean.
         params: the parameters, by name; others than these stay as they are.
         directions: `d_i`, by the same names.
+        weights: of the loss terms, by forward and loss, where they do not all weigh 1.
 
     Raises:
         RuntimeError: an operation in the network has no forward-mode derivative.
@@ -162,9 +169,10 @@ def fisher_products(
     """
     _load_forward_mode()
     sums: list[Tensor] = []  # per loss of a network
-    terms: list[int] = []
-    for forward in forwards:
-        passes = [_factor_products(forward, losses, params, d) for d in directions]
+    terms: list[Tensor | float] = []
+    weights_of = itertools.chain(weights, itertools.repeat(()))
+    for forward, some in zip(forwards, weights_of, strict=False):
+        passes = [_factor_products(forward, losses, params, d, some) for d in directions]
         for j, columns in enumerate(zip(*passes, strict=True)):
             gram = products([[column] for column, _ in columns])
             if j == len(sums):
@@ -194,7 +202,8 @@ def _factor_products(
     losses: Losses,
     params: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
-) -> list[tuple[Tensor, int]]:
+    weights: Sequence[TermWeights],
+) -> list[tuple[Tensor, Tensor | float]]:
     """`√coeff Bᵀ J d` and the number of loss terms, for each loss."""
     with forward_ad.dual_level():
         duals = {
@@ -215,12 +224,18 @@ def _factor_products(
             (loss, coeff, forward_ad.unpack_dual(loss.inputs).tangent)
             for loss, coeff in losses(output)
         ]
-    result = []
-    for loss, coeff, tangent in found:  # here the losses have no tangents any more
+    result = list[tuple[Tensor, Tensor | float]]()
+    weights = [*weights, *[None] * (len(found) - len(weights))]
+    # Here the losses have no tangents any more.
+    for (loss, coeff, tangent), weight in zip(found, weights, strict=True):
         if tangent is None:  # this output depends on none of the parameters
             tangent = torch.zeros_like(loss.inputs)
         column = loss.multiply_fisher_factor_transpose(tangent)
-        result.append((column if coeff == 1 else coeff**0.5 * column, loss.num_terms))
+        column = column if coeff == 1 else coeff**0.5 * column
+        if weight is None:
+            result.append((column, loss.num_terms))
+        else:
+            result.append((weight[0].sqrt() * column, weight[1]))
     return result
 
 

@@ -28,13 +28,21 @@ class BatchMoments:
     Args:
         calls: of the layers, in order.
         blocks: by name, as `calls` name them.
-        num_terms: `N`, the loss terms.
+        num_terms: `N`, the loss terms, or the sum of their weights.
+        idle_rows: whether some rows carry no loss term (padding): of layers over tokens,
+            rows that no source reaches are then left out of both factors.
     """
 
     def __init__(
-        self, calls: Sequence[LayerCall], blocks: Mapping[str, FisherBlock], num_terms: int
+        self,
+        calls: Sequence[LayerCall],
+        blocks: Mapping[str, FisherBlock],
+        num_terms: float,
+        idle_rows: bool = False,
     ) -> None:
         self._num_terms = num_terms
+        self._idle_rows = idle_rows
+        self._reached: dict[int, Tensor] = {}  # rows of a call, where some are idle
         self._calls = list(calls)
         called: dict[str, list[int]] = {}
         for index, call in enumerate(calls):
@@ -89,10 +97,18 @@ class BatchMoments:
         for name, (block, indices) in self._layers.items():
             used = {i: grad for i in indices if (grad := grads[i]) is not None}
             if used:
+                if self._idle_rows and block.skips_idle_rows:
+                    self._see_rows(used)
                 inputs = [self._calls[i].input for i in used]
                 self._add(
                     name, tuple(used), self._grads(block, inputs, list(used.values()))
                 )
+
+    def _see_rows(self, grads: Mapping[int, Tensor]) -> None:
+        for i, grad in grads.items():
+            rows = (grad != 0).flatten(1, -2).any(-1).any(0)
+            known = self._reached.get(i)
+            self._reached[i] = rows if known is None else known | rows
 
     @torch.no_grad()
     def _add_params(self, grads: Sequence[Tensor | None]) -> None:
@@ -119,11 +135,10 @@ class BatchMoments:
         result = {}
         for name, sums in self._sums.items():
             block = self._generic.get(name) or self._layers[name][0]
-            inputs = self._inputs({i for used in sums for i in used})
-            rows = block.num_rows(inputs, self._num_terms)
-            shares = [
-                block.num_rows(self._inputs(used), self._num_terms) / rows for used in sums
-            ]
+            used = {i for calls in sums for i in calls}
+            inputs = self._inputs(used)
+            rows = self._num_rows(block, used)
+            shares = [self._num_rows(block, calls) / rows for calls in sums]
             grad_covs = [
                 torch.stack(
                     [cov * share for cov, share in zip(each, shares, strict=True)]
@@ -132,10 +147,26 @@ class BatchMoments:
                 else each[0]
                 for each in zip(*sums.values(), strict=True)
             ]
+            if self._reached.keys() >= used and used:
+                inputs = [self._reached_rows(i) for i in sorted(used)]
+                reached = sum(tensor.shape[0] for tensor in inputs)
+                if not reached:
+                    continue
+                grad_covs = [cov * (rows / reached) for cov in grad_covs]
+                rows = reached
             covs = [*block.input_moments(inputs), *grad_covs]
             uses = block.num_uses(inputs)
             result[name] = [Moment(cov, rows, self._num_terms, uses) for cov in covs]
         return result
+
+    def _num_rows(self, block: FisherBlock, used: set[int] | tuple[int, ...]) -> float:
+        return block.num_rows(self._inputs(used), self._num_terms)
+
+    def _reached_rows(self, i: int) -> Tensor:
+        """The rows of a call's input that some source has reached, as one dimension."""
+        a, rows = self._calls[i].input, self._reached[i]
+        features = a.shape[a.dim() - (a.numel() > rows.numel()) :]
+        return a.reshape(-1, *features)[rows]
 
     def _inputs(self, used: set[int] | tuple[int, ...]) -> list[Tensor]:
         return [self._calls[i].input for i in sorted(used)]

@@ -50,7 +50,7 @@ class Trial:
         self._closure = closure
         self._adapts = adapts
         self._value: Any = None
-        self.num_terms = 1
+        self.num_terms: float = 1
 
     def first(self) -> Any:
         """Call the closure, if there is one, and return what it returned."""
@@ -97,6 +97,7 @@ class Trial:
         assert self._closure is not None
         params, buffers = list(self._model.parameters()), list(self._model.buffers())
         collecting, keeping = estimator.collecting, capture.keep_forwards
+        forwards = capture.forwards  # which zero_grad in the closure takes for used
         grads = [p.grad for p in params]
         copies = [buffer.clone() for buffer in buffers]
         now = random_state(self._device)
@@ -115,6 +116,7 @@ class Trial:
                 p.grad = grad
             estimator.reset()
             estimator.collecting, capture.keep_forwards = collecting, keeping
+            capture.forwards = forwards
 
 
 def check_evaluation(value: Any) -> Tensor | float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import random_state, set_random_state
+from .capture import random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
@@ -26,6 +26,7 @@ from .loss_functions import LossFunction
 from .options import Damping
 from .quadratic_model import (
     QuadraticModel,
+    TermWeights,
     every_kth,
     fisher_products,
     products,
@@ -291,7 +292,7 @@ class UpdateRule:
                 args, kwargs = every_kth(
                     call.args, call.kwargs, self._stride, self.num_steps
                 )
-                yield rerun(self._model, args, kwargs)
+                yield rerun(uncompiled(self._model), args, kwargs)
 
         try:
             curvature = fisher_products(
@@ -299,12 +300,20 @@ class UpdateRule:
                 self._losses,
                 dict(zip(names, params, strict=True)),
                 [dict(zip(names, parts, strict=True)) for parts in directions],
+                [[self._thinned(pair) for pair in call.weights] for call in calls],
             )
         finally:
             if now is not None:
                 set_random_state(now, device)
         gram = products([*directions, grads])
         return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
+
+    def _thinned(self, weights: TermWeights) -> TermWeights:
+        """The weights of the examples that the quadratic model is of."""
+        if weights is None:
+            return None
+        ((some,), _) = every_kth((weights[0],), {}, self._stride, self.num_steps)
+        return some, weights[1] * some.sum() / weights[0].sum()
 
     def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """What the model returned means: distributions, each with its weight."""

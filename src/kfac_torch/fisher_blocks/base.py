@@ -38,8 +38,8 @@ class Moment:
     """
 
     cov: Tensor
-    rows: int
-    terms: int
+    rows: float
+    terms: float
     uses: int = 1
 
     def merge(self, other: Moment) -> None:
@@ -128,8 +128,21 @@ class FisherBlock(abc.ABC):
 
     # Statistics.
 
+    skips_idle_rows = False
+    """Whether rows are tokens, some of which may be padding: without any gradient."""
+
+    def call_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Return what a call of a layer gives to the block; None for nothing.
+
+        `inputs[call]` of the other methods are such tensors: by default the first
+        argument.
+        """
+        return args[0] if args else kwargs.get("input")
+
     @abc.abstractmethod
-    def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
+    def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
         """`R`: the rows of the factors' data in a batch of `num_terms` loss terms."""
 
     def num_uses(self, inputs: Sequence[Tensor]) -> int:
@@ -142,7 +155,7 @@ class FisherBlock(abc.ABC):
 
     @abc.abstractmethod
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the other factors' moments, summed over sources.
 
@@ -155,7 +168,7 @@ class FisherBlock(abc.ABC):
         self,
         inputs: Sequence[Tensor],
         grads: Sequence[Sequence[Tensor]],
-        num_terms: int,
+        num_terms: float,
     ) -> list[Moment]:
         """Return the moments of a batch, one per factor: `inputs[call]`,
         `grads[source][call]`.

@@ -166,7 +166,7 @@ class ConvDiagonalFB(LayerFactorFB):
         return (factor,)
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the diagonal."""
         if len(inputs) > 1:

@@ -46,6 +46,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
     """
 
     layer_types = (nn.Embedding,)
+    skips_idle_rows = True
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
         size = embedding.embedding_dim
         return A, make_side(self._diagonal_output, size, False, self, "output")
 
-    def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
+    def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
         """`R`: the ids of all calls."""
         return sum(ids.numel() for ids in inputs)
 
@@ -89,7 +90,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
         return [counts / torch.where(share < 1, 1 - share, 1)]
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the moment of `G`; the padding id has no gradient."""
         _, G = self._sides()

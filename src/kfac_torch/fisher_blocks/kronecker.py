@@ -83,7 +83,7 @@ class KroneckerProductFB(LayerFB):
 
     # Statistics.
 
-    def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
+    def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
         """`R`: the rows of all calls."""
         A, _ = self._sides()
         return sum(A.num_rows(tensor) for tensor in inputs)
@@ -95,7 +95,7 @@ class KroneckerProductFB(LayerFB):
         return [weighted_mean([A.new_cov([[tensor]]) for tensor in inputs], rows)]
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the moment of `G`, summed over the sources `grads[call] [S, ...]`."""
         A, G = self._sides()

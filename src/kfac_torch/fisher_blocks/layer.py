@@ -65,7 +65,7 @@ class LayerFactorFB(LayerFB, SingleFactorFB):
     The rows of the factor are examples, the first dimension of the layer's input.
     """
 
-    def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
+    def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
         """`R`: the examples."""
         return inputs[0].shape[0]
 

@@ -53,6 +53,7 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
     """
 
     layer_types = (nn.Linear,)
+    skips_idle_rows = True
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class FullyConnectedDiagonalFB(LayerFactorFB):
         )
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the diagonal: all calls of an example belong to one gradient."""
         self.check_one_batch_size(inputs)

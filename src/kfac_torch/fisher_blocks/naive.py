@@ -51,7 +51,7 @@ class _NaiveFB(SingleFactorFB):
         )
         return (factor,)
 
-    def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
+    def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
         """`R`: the loss terms."""
         return num_terms
 
@@ -60,7 +60,7 @@ class _NaiveFB(SingleFactorFB):
         return []
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return `g gᵀ/N` or its diagonal, summed over sources `grads[param] [S, ...]`."""
         return [self._factor().summed_cov(*grads) / num_terms]

@@ -70,7 +70,7 @@ class _ScaleAndShiftFB(LayerFactorFB):
         return tensor.reshape(tensor.shape[0], -1, *shape)
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the moment; all calls of an example belong to one gradient."""
         self.check_one_batch_size(inputs)

@@ -193,7 +193,7 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         return [A.new_cov([[tuple(steps)]])]
 
     def grad_moments(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: int
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
         """Return the moments of the gradients, `G0` and `G1`, summed over sources."""
         _, G = self._sides()

@@ -79,6 +79,18 @@ class LossFunction(abc.ABC):
         """`N`, the number of loss terms: by default that of examples."""
         return self._inputs.shape[0]
 
+    def term_weights(self, gradient: Tensor) -> tuple[Tensor, float] | None:
+        """Return which loss terms count, and how much, as a user's gradient shows it.
+
+        Args:
+            gradient: at `z`, of the user's own loss, up to a factor.
+
+        Returns:
+            weights that multiply a gradient in the shape of `z`, and `N`, their sum; None
+            where all terms weigh 1.
+        """
+        return None
+
     def evaluate(self) -> Tensor:
         """Return the loss at the given targets, 0-dim.
 

@@ -19,6 +19,8 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         logits: `z [N, ...]`.
         targets: of the shape of `logits`, in [0, 1].
         name: for messages.
+        weight: of each coordinate; its shape goes with that of `z`.
+        pos_weight: of each coordinate where its target is 1.
 
     Raises:
         ValueError: no batch dimension.
@@ -30,9 +32,28 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     """
 
     def __init__(
-        self, logits: Tensor, targets: Tensor | None = None, name: str | None = None
+        self,
+        logits: Tensor,
+        targets: Tensor | None = None,
+        name: str | None = None,
+        *,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
     ) -> None:
+        self._weight, self._pos_weight = weight, pos_weight
         super().__init__(logits, targets, name)
+
+    def term_weights(self, gradient: Tensor) -> tuple[Tensor, float] | None:
+        """Return the weight of every coordinate; the target is 1 where `g < 0`."""
+        if self._weight is None and self._pos_weight is None:
+            return None
+        weights = torch.ones_like(gradient)
+        if self._pos_weight is not None:
+            positive = self._pos_weight.to(gradient)
+            weights = torch.where(gradient < 0, positive, weights)
+        if self._weight is not None:
+            weights = weights * self._weight.to(gradient)
+        return weights, self.num_terms
 
     def _p(self) -> Tensor:
         return self._inputs.detach().sigmoid()
@@ -49,7 +70,11 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     def evaluate_on_targets(self, targets: Tensor) -> Tensor:
         """Return `−Σ y log σ(z) + (1 − y) log(1 − σ(z))`."""
         return functional.binary_cross_entropy_with_logits(
-            self._inputs, targets.to(self._inputs.dtype), reduction="sum"
+            self._inputs,
+            targets.to(self._inputs.dtype),
+            self._weight,
+            reduction="sum",
+            pos_weight=self._pos_weight,
         )
 
     def multiply_fisher(self, vector: Tensor) -> Tensor:

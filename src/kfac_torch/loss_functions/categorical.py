@@ -9,6 +9,8 @@ from torch.nn import functional
 from .base import attained_scale, check_output
 from .convex import NaturalParamsNegativeLogProbLoss
 
+_CERTAIN = 0.999  # a probability at which a term may have no gradient in half precision
+
 
 class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     """`z` are the logits of a categorical distribution; the loss is the cross-entropy.
@@ -18,6 +20,10 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         targets: class indices of the leading shape.
         name: for messages.
         class_dim: where the classes are; 1 for PyTorch's `[N, classes, *space]`.
+        class_weight: of each class, `[classes]`: a term of class `y` weighs `w_y`.
+        label_smoothing: the part of a target that is spread over all classes.
+
+    Terms without any gradient, those of an `ignore_index`, do not count.
 
     Raises:
         ValueError: fewer than two classes, or no batch dimension.
@@ -34,8 +40,12 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         name: str | None = None,
         *,
         class_dim: int = -1,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         self._class_dim = self._event_dim = class_dim
+        self._class_weight = class_weight
+        self._label_smoothing = label_smoothing
         super().__init__(logits, targets, name)
 
     def check_inputs(self) -> None:
@@ -54,6 +64,30 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """`N`, the number of rows of logits."""
         return self._inputs.numel() // self._inputs.shape[self._class_dim]
 
+    def term_weights(self, gradient: Tensor) -> tuple[Tensor, float] | None:
+        """Return 0 for terms without a gradient, else `w_y`, and the sum over terms.
+
+        The gradient of a term is `w_y (p − q)` with `q` the target, so that a term that
+        counts has one, unless the network is certain of its class; `y` is where it is
+        most negative. With label smoothing `ε` the curvature of a term weighs
+        `(1 − ε) w_y + ε/K Σ_j w_j`.
+        """
+        dim, w = self._class_dim, self._class_weight
+        p = self._p()
+        moved = (gradient != 0).any(dim, keepdim=True)
+        counts = moved | (p.amax(dim, keepdim=True) > _CERTAIN)
+        counts = (counts | ~counts.any()).to(gradient.dtype)
+        if w is None:
+            terms = counts.sum().item()
+            return None if terms == counts.numel() else (counts, terms)
+        w = w.to(gradient)
+        shape = [1] * gradient.dim()
+        shape[dim] = -1
+        lowest = (gradient / w.view(shape)).nan_to_num(torch.inf).argmin(dim, keepdim=True)
+        own = w[torch.where(moved, lowest, p.argmax(dim, keepdim=True))]
+        smoothed = own.lerp(w.mean(), self._label_smoothing)
+        return counts * smoothed, (counts * own).sum().item()
+
     def _p(self) -> Tensor:
         return self._inputs.detach().softmax(self._class_dim)
 
@@ -66,10 +100,16 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         return torch.multinomial(rows, 1, generator=generator).view(p.shape[:-1])
 
     def evaluate_on_targets(self, targets: Tensor) -> Tensor:
-        """Return `−Σ log p_y`."""
+        """Return `−Σ log p_y`, with the weights and the smoothing of the classes."""
         logits = self._inputs.movedim(self._class_dim, -1)
         logits = logits.reshape(-1, logits.shape[-1])
-        return functional.cross_entropy(logits, targets.reshape(-1), reduction="sum")
+        return functional.cross_entropy(
+            logits,
+            targets.reshape(-1),
+            self._class_weight,
+            reduction="sum",
+            label_smoothing=self._label_smoothing,
+        )
 
     def multiply_fisher(self, vector: Tensor) -> Tensor:
         """Return `(diag(p) − ppᵀ) v`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -49,7 +50,7 @@ def make_objective(loss: str | nn.Module | LossFactory) -> Objective:
         loss: `"categorical"` (classes last), `"normal"` (unit variance: `½‖y − z‖²`) or
             `"bernoulli"`, a mean over loss terms; or the torch criterion in use
             (`nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`), its reduction
-            understood; or a `LossFunction` class or factory.
+            and weights understood; or a `LossFunction` class or factory.
 
     Raises:
         ValueError: an unknown name, criterion, or option of one, or a function of
@@ -88,18 +89,23 @@ def _objective_of_criterion(criterion: nn.Module) -> Objective:
             f"loss: expected a criterion with a reduction in {_REDUCTIONS}, got "
             f"{criterion} with {reduction!r}"
         )
-    for option in ("weight", "pos_weight"):
-        if getattr(criterion, option, None) is not None:
-            raise ValueError(
-                f"loss: {criterion} with {option}= is not the negative log-likelihood of "
-                "a distribution known here; pass a LossFunction factory"
-            )
     if isinstance(criterion, nn.CrossEntropyLoss):
-        return Objective(_categorical_channels_first, reduction)
+        factory = partial(
+            CategoricalLogitsNegativeLogProbLoss,
+            class_dim=1,
+            class_weight=criterion.weight,
+            label_smoothing=criterion.label_smoothing,
+        )
+        return Objective(factory, reduction)
     if isinstance(criterion, nn.MSELoss):
         return Objective(_unit_normal, reduction, per_output=mean, scale=2.0)
     if isinstance(criterion, nn.BCEWithLogitsLoss):
-        return Objective(MultiBernoulliNegativeLogProbLoss, reduction, per_output=mean)
+        factory = partial(
+            MultiBernoulliNegativeLogProbLoss,
+            weight=criterion.weight,
+            pos_weight=criterion.pos_weight,
+        )
+        return Objective(factory, reduction, per_output=mean)
     raise ValueError(
         "loss: expected nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, got "
         f"{criterion}; pass a LossFunction class or factory for any other loss"
@@ -108,10 +114,6 @@ def _objective_of_criterion(criterion: nn.Module) -> Objective:
 
 def _unit_normal(output: Tensor) -> LossFunction:
     return NormalMeanNegativeLogProbLoss(output, var=1.0)
-
-
-def _categorical_channels_first(output: Tensor) -> LossFunction:
-    return CategoricalLogitsNegativeLogProbLoss(output, class_dim=1)
 
 
 _BY_NAME: Mapping[str, LossFactory] = MappingProxyType(
