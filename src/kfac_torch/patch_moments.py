@@ -155,6 +155,34 @@ def patch_view(
     return _windows(_pad(inputs, conv, conv.padding), conv)
 
 
+def mean_patch(
+    inputs: Tensor,
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Patches averaged over the output locations, ``[N, C, *kernel]``; none is formed.
+
+    Arguments are those of ``patch_second_moment``. At least float32.
+
+    Example:
+        >>> mean_patch(torch.arange(4.0).view(1, 1, 4), 2)
+        tensor([[[1., 2.]]])
+    """
+    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    conv = _describe(inputs, sizes, padding, 1, padding_mode)
+    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    x = _pad(x, conv, conv.padding)
+    # For each offset the mean of a slice, one dimension after the other: always the first
+    # that is left; its offsets come last.
+    for k, s, d in zip(conv.kernel, conv.stride, conv.dilation, strict=True):
+        x = x.unfold(2, d * (k - 1) + 1, s)[..., ::d].mean(2)
+    return x
+
+
 def resolve_padding(
     padding: Padding,
     space: Sequence[int],

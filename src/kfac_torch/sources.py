@@ -89,10 +89,8 @@ class BatchMoments:
         for name, (block, indices) in self._layers.items():
             used = {i: grad for i in indices if (grad := grads[i]) is not None}
             if used:
-                inputs = [self._calls[i].input for i in used]
-                self._add(
-                    name, tuple(used), self._grads(block, inputs, list(used.values()))
-                )
+                covs = self._grads(block, self._inputs(tuple(used)), list(used.values()))
+                self._add(name, tuple(used), covs)
 
     @torch.no_grad()
     def _add_params(self, grads: Sequence[Tensor | None]) -> None:
@@ -138,7 +136,11 @@ class BatchMoments:
         return result
 
     def _inputs(self, used: set[int] | tuple[int, ...]) -> list[Tensor]:
-        return [self._calls[i].input for i in sorted(used)]
+        calls = [self._calls[i] for i in sorted(used)]
+        return [
+            self._layers[call.layer][0].call_input(call.input, call.output_shape)
+            for call in calls
+        ]
 
 
 def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:

@@ -128,6 +128,14 @@ class FisherBlock(abc.ABC):
 
     # Statistics.
 
+    def call_input(self, tensor: Tensor, output_shape: torch.Size) -> Tensor:
+        """Return what the methods below take as the input of a call: `tensor` itself.
+
+        A block whose statistics depend on more of the call than its input, as those of a
+        transposed convolution depend on the output's size, brings it in here.
+        """
+        return tensor
+
     @abc.abstractmethod
     def num_rows(self, inputs: Sequence[Tensor], num_terms: int) -> int:
         """`R`: the rows of the factors' data in a batch of `num_terms` loss terms."""
@@ -161,6 +169,8 @@ class FisherBlock(abc.ABC):
         `grads[source][call]`.
         """
         stacked = [torch.stack(calls) for calls in zip(*grads, strict=True)]
+        shapes = [grad.shape[1:] for grad in stacked[: len(inputs)]]
+        inputs = list(map(self.call_input, inputs, shapes))
         covs = self.input_moments(inputs) + self.grad_moments(inputs, stacked, num_terms)
         rows, uses = self.num_rows(inputs, num_terms), self.num_uses(inputs)
         return [Moment(cov, rows, num_terms, uses) for cov in covs]

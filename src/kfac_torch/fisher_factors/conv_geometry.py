@@ -16,7 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..patch_moments import patch_second_moment, patch_view, resolve_padding
+from ..patch_moments import (
+    mean_patch,
+    patch_second_moment,
+    patch_view,
+    resolve_padding,
+)
 from .data import check_choice
 
 Padding: TypeAlias = str | int | Sequence[int] | Sequence[tuple[int, int]]
@@ -177,6 +182,17 @@ class ConvGeometry:
     def patches(self, inputs: Tensor) -> Tensor:
         """Return a view of the patches, `[N, groups·C, *kernel, *out]`."""
         return patch_view(
+            self.channels_first(inputs),
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            padding_mode=self.padding_mode,
+        )
+
+    def mean_patch(self, inputs: Tensor) -> Tensor:
+        """Return each example's mean patch, `[N, groups·C, *kernel]`; none is formed."""
+        return mean_patch(
             self.channels_first(inputs),
             self.kernel,
             self.stride,
