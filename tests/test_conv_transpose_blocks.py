@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC
-from kfac_torch import fisher_blocks as fb
+from kfac_torch import KFAC, fisher_blocks as fb
 from kfac_torch.fisher_blocks.conv_transpose import stuff
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -117,7 +116,7 @@ def test_other_errors():
     block = fb.ConvTransposeDiagonalFB(nn.ConvTranspose1d(2, 3, 2), "up")
     block.instantiate_factors(0.1)
     x, g = torch.randn(4, 2, 3), torch.randn(4, 3, 4)
-    with pytest.raises(NotImplementedError, match="layer up: .*Kronecker approximation"):
+    with pytest.raises(NotImplementedError, match=r"layer up: .*Kronecker approximation"):
         block.moments([x, x], [[g, g]], 4)
 
 

@@ -113,8 +113,7 @@ class ConvGeometry:
         """`Δ·C` of one group."""
         return self.num_offsets * self.channels
 
-    def check_inputs(self, tensor: Tensor) -> None:
-        """Raise ValueError where inputs do not fit the convolution."""
+    def _check_rank(self, tensor: Tensor) -> None:
         rank = len(self.kernel) + 2
         if tensor.dim() != rank:
             formats = CHANNELS_LAST if self.channels_last else CHANNELS_FIRST
@@ -122,6 +121,10 @@ class ConvGeometry:
                 f"{self.name}: inputs: expected rank {rank} ({formats[rank - 3]}) for a "
                 f"kernel of {rank - 2} spatial dimensions, got shape {tuple(tensor.shape)}"
             )
+
+    def check_inputs(self, tensor: Tensor) -> None:
+        """Raise ValueError where inputs do not fit the convolution."""
+        self._check_rank(tensor)
         channels = tensor.shape[-1 if self.channels_last else 1]
         if channels != self.channels * self.groups:
             raise ValueError(
@@ -135,8 +138,9 @@ class ConvGeometry:
         """Return the spatial shape of the output.
 
         Raises:
-            ValueError: the kernel is larger than the padded input.
+            ValueError: inputs of another rank, or a kernel larger than they are, padded.
         """
+        self._check_rank(inputs)
         space = inputs.shape[1:-1] if self.channels_last else inputs.shape[2:]
         pads = resolve_padding(self.padding, space, self.kernel, self.stride, self.dilation)
         room = [
