@@ -176,10 +176,14 @@ def mean_patch(
     conv = _describe(inputs, sizes, padding, 1, padding_mode)
     x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     x = _pad(x, conv, conv.padding)
-    # For each offset the mean of a slice, one dimension after the other: always the first
-    # that is left; its offsets come last.
-    for k, s, d in zip(conv.kernel, conv.stride, conv.dilation, strict=True):
-        x = x.unfold(2, d * (k - 1) + 1, s)[..., ::d].mean(2)
+    # For each offset the mean of a slice, one dimension after the other: x times a matrix
+    # that is 1/o where offset u reaches location p. The last first: it is contiguous.
+    for i in reversed(range(len(conv.kernel))):
+        s, o = conv.stride[i], conv.out[i]
+        p = torch.arange(x.shape[2 + i], device=x.device).unsqueeze(1)
+        steps = p - conv.dilation[i] * torch.arange(conv.kernel[i], device=x.device)
+        reached = (steps >= 0) & (steps <= s * (o - 1)) & (steps % s == 0)
+        x = (x.movedim(2 + i, -1) @ (reached.to(x.dtype) / o)).movedim(-1, 2 + i)
     return x
 
 
