@@ -182,7 +182,7 @@ class ConvDiagonalFB(ConvFB, LayerFactorFB):
         if len(inputs) > 1:
             raise NotImplementedError(
                 f"layer {self.name}: the diagonal of a convolution is for one call in a "
-                f"forward, got {len(inputs)}; register it with a Kronecker approximation"
+                f'forward, got {len(inputs)}; register it with "kron_indep" or "kron"'
             )
         return [self._factor().summed_cov(inputs[0], grads[0])]
 
