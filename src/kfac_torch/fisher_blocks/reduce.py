@@ -7,7 +7,7 @@ Notation: an example has P positions of a layer (tokens, locations, calls) with 
     F = T · A ⊗ G,    A = Σ ā āᵀ / R,    G = Σ ĝ ĝᵀ / R,    T = R/N
 
 with the R examples for rows, the first dimension of a layer's input (Eschenhagen et al.
-2023, arXiv 2311.00636, section 3.3, where "expand" has one row per position). Exact for
+2023, arXiv 2311.00636, where "expand" has one row per position). Exact for
 deep linear nets that average or sum the positions in front of the loss, where all `g_p` of
 an example are equal. The rows are also fewer, by the positions.
 
