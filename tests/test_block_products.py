@@ -34,6 +34,8 @@ LINEAR = (6, 4, 3), (6, 4, 2)
 CONV = (6, 2, 4, 5), (6, 3, 2, 4)
 GROUPED = (6, 4, 4, 5), (6, 6, 2, 4)
 DEPTHWISE = (6, 2, 4, 5), (6, 4, 2, 4)
+TRANSPOSED = (6, 2, 2, 3), (6, 3, 4, 4)
+TRANSPOSED_GROUPED = (6, 4, 2, 3), (6, 6, 5, 4)  # as by output_size=(5, 4)
 IDS = ("ids", 6, 2), (6, 2, 3)
 SERIES = (6, 4, 3), (6, 4, 2)
 BOTH = {"diagonal_approx_for_input": True, "diagonal_approx_for_output": True}
@@ -54,6 +56,14 @@ def grouped():
 
 def depthwise():
     return nn.Conv2d(2, 4, (3, 2), groups=2)
+
+
+def transposed():
+    return nn.ConvTranspose2d(2, 3, 2, stride=(2, 1))
+
+
+def transposed_grouped():
+    return nn.ConvTranspose2d(4, 6, 2, stride=(2, 1), groups=2)
 
 
 def embedding():
@@ -85,6 +95,25 @@ CASES = {
     "conv diagonal, groups": layer(fb.ConvDiagonalFB, grouped, *GROUPED),
     "depthwise": layer(fb.DepthwiseConvKFCBasicFB, depthwise, *DEPTHWISE),
     "depthwise diagonal": layer(fb.DepthwiseConvDiagonalFB, depthwise, *DEPTHWISE),
+    "conv transpose": layer(fb.ConvTransposeKFCFB, transposed, *TRANSPOSED),
+    "conv transpose, groups": layer(
+        fb.ConvTransposeKFCFB, transposed_grouped, *TRANSPOSED_GROUPED
+    ),
+    "conv transpose diagonal": layer(fb.ConvTransposeDiagonalFB, transposed, *TRANSPOSED),
+    "conv transpose diagonal, groups": layer(
+        fb.ConvTransposeDiagonalFB, transposed_grouped, *TRANSPOSED_GROUPED
+    ),
+    "linear, reduced": layer(fb.FullyConnectedKFACReduceFB, linear, *LINEAR),
+    "linear, reduced, both diagonal": layer(
+        fb.FullyConnectedKFACReduceFB, linear, *LINEAR, **BOTH
+    ),
+    "conv, reduced": layer(fb.ConvKFCReduceFB, conv, *CONV),
+    "conv, groups, reduced, several calls": Case(
+        lambda: fb.ConvKFCReduceFB(grouped(), "layer"), GROUPED[:1] * 3, GROUPED[1:] * 3
+    ),
+    "conv transpose, groups, reduced": layer(
+        fb.ConvTransposeKFCReduceFB, transposed_grouped, *TRANSPOSED_GROUPED
+    ),
     "embedding": layer(fb.EmbeddingKFACFB, embedding, *IDS),
     "embedding, both diagonal": layer(
         fb.EmbeddingKFACFB, embedding, *IDS, diagonal_approx_for_output=True
@@ -343,7 +372,7 @@ def test_sources_add_up(name):
         close(both[0].cov, one[0].cov)
 
 
-@pytest.mark.parametrize("name", ["conv, groups", "depthwise"])
+@pytest.mark.parametrize("name", ["conv, groups", "depthwise", "conv transpose, groups"])
 def test_pi_is_that_of_each_group(name):
     """Scaling one group's gradients moves the damping of that group alone."""
     case = CASES[name]

@@ -49,6 +49,7 @@ def kinds(layers):
 REGISTER = {
     "fully_connected": ("register_fully_connected", "linear"),
     "conv2d": ("register_conv2d", "conv2"),
+    "conv_transpose": ("register_conv_transpose", "transposed"),
     "depthwise_conv2d": ("register_depthwise_conv2d", "depthwise"),
     "embedding": ("register_embedding", "embedding"),
     "scale_and_shift": ("register_scale_and_shift", "norm"),
@@ -59,13 +60,27 @@ REGISTER = {
 }
 KRON = ("kron", "kron_in_diag", "kron_out_diag", "kron_both_diag")
 INDEP = ("kron_indep", "kron_indep_in_diag", "kron_indep_out_diag", "kron_indep_both_diag")
+REDUCE = (
+    "kron_reduce", "kron_reduce_in_diag", "kron_reduce_out_diag", "kron_reduce_both_diag"
+)  # fmt: skip
 SERIES = ("kron_series_1", "kron_series_2")
 EXPECTED = {
     "generic": {"full": fb.FullFB, "diagonal": fb.NaiveDiagonalFB},
     "fully_connected": dict.fromkeys(KRON, fb.FullyConnectedKFACBasicFB)
+    | dict.fromkeys(REDUCE, fb.FullyConnectedKFACReduceFB)
     | {"diagonal": fb.FullyConnectedDiagonalFB, "full": fb.FullFB},
     "conv2d": dict.fromkeys(("kron", "kron_sua"), fb.ConvKFCBasicFB)
-    | {"diagonal": fb.ConvDiagonalFB, "full": fb.FullFB},
+    | {
+        "kron_reduce": fb.ConvKFCReduceFB,
+        "diagonal": fb.ConvDiagonalFB,
+        "full": fb.FullFB,
+    },
+    "conv_transpose": {
+        "kron": fb.ConvTransposeKFCFB,
+        "kron_reduce": fb.ConvTransposeKFCReduceFB,
+        "diagonal": fb.ConvTransposeDiagonalFB,
+        "full": fb.FullFB,
+    },
     "depthwise_conv2d": {
         "kron": fb.DepthwiseConvKFCBasicFB,
         "diagonal": fb.DepthwiseConvDiagonalFB,
@@ -78,8 +93,12 @@ EXPECTED = {
         "diagonal": fb.ScaleAndShiftDiagonalFB,
     },
     "fully_connected_multi": dict.fromkeys(INDEP, fb.FullyConnectedMultiIndepFB)
+    | dict.fromkeys(REDUCE, fb.FullyConnectedKFACReduceFB)
     | dict.fromkeys(SERIES, fb.FullyConnectedSeriesFB),
-    "conv2d_multi": {"kron_indep": fb.ConvKFCBasicMultiIndepFB},
+    "conv2d_multi": {
+        "kron_indep": fb.ConvKFCBasicMultiIndepFB,
+        "kron_reduce": fb.ConvKFCReduceFB,
+    },
     "embedding_multi": dict.fromkeys(INDEP, fb.EmbeddingKFACMultiIndepFB),
 }
 CASES = [(kind, approx) for kind, known in EXPECTED.items() for approx in known]
@@ -116,6 +135,8 @@ SIDES = [
     ("fully_connected_multi", "kron_indep_in_diag", (True, False)),
     ("fully_connected_multi", "kron_indep_out_diag", (False, True)),
     ("fully_connected_multi", "kron_indep_both_diag", (True, True)),
+    ("fully_connected", "kron_reduce_in_diag", (True, False)),
+    ("fully_connected_multi", "kron_reduce_both_diag", (True, True)),
     ("embedding", "kron", (True, False)),
     ("embedding", "kron_in_diag", (True, False)),
     ("embedding", "kron_out_diag", (True, True)),
@@ -155,10 +176,11 @@ def test_a_layer_of_another_kind(method, name, approx):
         approx = None
     model = Zoo()
     layers = LayerCollection(model)
+    other = "conv2" if name == "transposed" else "transposed"
     with pytest.raises(
-        TypeError, match=r"layer transposed: expected .* got ConvTranspose2d"
+        TypeError, match=rf"layer {other}: expected .* got Conv(Transpose)?2d"
     ):
-        getattr(layers, method)(model.transposed, approx)
+        getattr(layers, method)(model.get_submodule(other), approx)
     assert not layers.blocks
 
 
@@ -347,10 +369,11 @@ def test_what_is_registered_automatically():
         "grouped": fb.ConvKFCBasicFB,
         "depthwise": fb.ConvKFCBasicFB,
         "pointwise": fb.ConvKFCBasicFB,
+        "transposed": fb.ConvTransposeKFCFB,
         "embedding": fb.EmbeddingKFACFB,
     }
     layers.auto_register_layers()  # nothing is left
-    assert len(layers.blocks) == 8
+    assert len(layers.blocks) == 9
     layers.register_fully_connected(model.subclass)  # where one knows what it computes
     assert layers.blocks["subclass"].params[0] is model.subclass.weight
 

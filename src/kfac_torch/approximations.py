@@ -3,8 +3,10 @@
 The names are those of `tf.contrib.kfac` and of its successor: "kron" a Kronecker
 product (with "in", "out" or "both" sides as diagonals), "diagonal", "full"; for layers
 that are used several times "kron_indep" (independent uses) and "kron_series_1", "..._2"
-(a linear chain over time). A one-hot input has a diagonal second moment to begin with, so
-of an embedding "kron" is "kron_in_diag" and "kron_out_diag" is "kron_both_diag".
+(a linear chain over time); "kron_reduce" a product of the mean input and the summed
+gradient of each example, over all positions where it uses a layer. A one-hot input has a
+diagonal second moment to begin with, so of an embedding "kron" is "kron_in_diag" and
+"kron_out_diag" is "kron_both_diag".
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ def _generic(kind: BlockFactory, *layer_types: type[nn.Module]) -> BlockFactory:
 
 
 _CONVOLUTION = _generic(fb.FullFB, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = _generic(
+    fb.FullFB, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)
 
 APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
     {
@@ -68,6 +73,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "fully_connected": MappingProxyType(
             {
                 **_kronecker("kron", fb.FullyConnectedKFACBasicFB),
+                **_kronecker("kron_reduce", fb.FullyConnectedKFACReduceFB),
                 "diagonal": fb.FullyConnectedDiagonalFB,
                 "full": _generic(fb.FullFB, nn.Linear),
             }
@@ -76,8 +82,17 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             {
                 "kron": fb.ConvKFCBasicFB,
                 "kron_sua": _sides(fb.ConvKFCBasicFB, sua_approx_for_input=True),
+                "kron_reduce": fb.ConvKFCReduceFB,
                 "diagonal": fb.ConvDiagonalFB,
                 "full": _CONVOLUTION,
+            }
+        ),
+        "conv_transpose": MappingProxyType(
+            {
+                "kron": fb.ConvTransposeKFCFB,
+                "kron_reduce": fb.ConvTransposeKFCReduceFB,
+                "diagonal": fb.ConvTransposeDiagonalFB,
+                "full": _TRANSPOSED,
             }
         ),
         "depthwise_conv2d": MappingProxyType(
@@ -100,11 +115,17 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "fully_connected_multi": MappingProxyType(
             {
                 **_kronecker("kron_indep", fb.FullyConnectedMultiIndepFB),
+                **_kronecker("kron_reduce", fb.FullyConnectedKFACReduceFB),
                 "kron_series_1": _sides(fb.FullyConnectedSeriesFB, option=1),
                 "kron_series_2": _sides(fb.FullyConnectedSeriesFB, option=2),
             }
         ),
-        "conv2d_multi": MappingProxyType({"kron_indep": fb.ConvKFCBasicMultiIndepFB}),
+        "conv2d_multi": MappingProxyType(
+            {
+                "kron_indep": fb.ConvKFCBasicMultiIndepFB,
+                "kron_reduce": fb.ConvKFCReduceFB,
+            }
+        ),
         "embedding_multi": MappingProxyType(
             _embedding("kron_indep", fb.EmbeddingKFACMultiIndepFB)
         ),
@@ -117,6 +138,7 @@ DEFAULT_APPROXIMATIONS: Mapping[str, str] = MappingProxyType(
         "generic": "diagonal",
         "fully_connected": "kron",
         "conv2d": "kron",
+        "conv_transpose": "kron",
         "depthwise_conv2d": "kron",
         "embedding": "kron",
         "scale_and_shift": "full",
@@ -190,6 +212,7 @@ class DefaultApproximations:
     default_generic_approximation = _Default("generic")
     default_fully_connected_approximation = _Default("fully_connected")
     default_conv2d_approximation = _Default("conv2d")
+    default_conv_transpose_approximation = _Default("conv_transpose")
     default_depthwise_conv2d_approximation = _Default("depthwise_conv2d")
     default_embedding_approximation = _Default("embedding")
     default_scale_and_shift_approximation = _Default("scale_and_shift")
@@ -199,6 +222,7 @@ class DefaultApproximations:
     set_default_generic_approximation = _SetDefault("generic")
     set_default_fully_connected_approximation = _SetDefault("fully_connected")
     set_default_conv2d_approximation = _SetDefault("conv2d")
+    set_default_conv_transpose_approximation = _SetDefault("conv_transpose")
     set_default_depthwise_conv2d_approximation = _SetDefault("depthwise_conv2d")
     set_default_embedding_approximation = _SetDefault("embedding")
     set_default_scale_and_shift_approximation = _SetDefault("scale_and_shift")

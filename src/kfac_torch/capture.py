@@ -81,6 +81,7 @@ class LayerCall:
         output: the place of `s` in the graph; None where the user's backward is watched.
         version: of the input, to see whether it is overwritten later.
         nbytes: of `s`.
+        output_shape: of `s`.
         grads: gradients at `s` that the user's backward brought.
     """
 
@@ -89,6 +90,7 @@ class LayerCall:
     output: GradientEdge | None
     version: int
     nbytes: int
+    output_shape: torch.Size
     grads: list[Tensor] = field(default_factory=list)
 
     def check_unchanged(self) -> None:
@@ -249,7 +251,7 @@ class Capture:
             # would take the view's own place out of the graph; this one is no view.
             output = torch.ops.aten._unsafe_view(output, output.shape)
         edge = None if self._watch_grads else get_gradient_edge(output)
-        call = LayerCall(name, a.detach(), edge, a._version, output.nbytes)
+        call = LayerCall(name, a.detach(), edge, a._version, output.nbytes, output.shape)
         if self._watch_grads:
             watch_gradient(output, call.grads.append)
         self._tape.append(call)

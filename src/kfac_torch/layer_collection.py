@@ -23,6 +23,7 @@ from .use_count import count_uses
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class LayerCollection(DefaultApproximations, LossCollection):
@@ -231,7 +232,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """Register an `nn.Linear` that is called once in a forward.
 
         `approx`: `"kron"`, with diagonal sides `"kron_in_diag"`, `"kron_out_diag"`,
-        `"kron_both_diag"`, or `"diagonal"` or `"full"`.
+        `"kron_both_diag"`, `"kron_reduce"` (averaged over the positions of an example,
+        with diagonal sides likewise), or `"diagonal"` or `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -244,7 +246,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """Register an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with groups or without.
 
         `approx`: `"kron"`, `"kron_sua"` (spatially uncorrelated activations),
-        `"diagonal"` or `"full"`.
+        `"kron_reduce"` (averaged over locations), `"diagonal"` or `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -256,6 +258,19 @@ class LayerCollection(DefaultApproximations, LossCollection):
     ) -> None:
         """Register an `nn.Conv2d`; see `register_convolution`."""
         self._register("conv2d", module, approx, name)
+
+    def register_conv_transpose(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.ConvTranspose1d`, `..2d` or `..3d`, with groups or without.
+
+        `approx`: `"kron"`, `"kron_reduce"` (averaged over locations), `"diagonal"` or
+        `"full"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        self._register("conv_transpose", module, approx, name)
 
     def register_depthwise_conv2d(
         self, module: nn.Module, approx: str | None = None, name: str | None = None
@@ -326,7 +341,9 @@ class LayerCollection(DefaultApproximations, LossCollection):
             module: the layer, or several that share all their parameters.
             approx: `"kron_indep"` (uses are independent, with diagonal sides
                 `"kron_indep_in_diag"`, `..._out_diag`, `..._both_diag`),
-                `"kron_series_1"` or `"kron_series_2"` (a linear chain over time).
+                `"kron_series_1"` or `"kron_series_2"` (a linear chain over time),
+                `"kron_reduce"` (averaged over the uses of an example, with diagonal sides
+                likewise).
             name: of the layer; that in the model if None.
             num_uses: calls in a forward, for `check_registration`.
             time_dim: the input's dimension that is time, where the layer is called once
@@ -363,13 +380,13 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self._register("embedding_multi", module, approx, name, num_uses)
 
     def auto_register_layers(self, model: nn.Module | None = None) -> None:
-        """Register every linear layer, convolution and embedding with a trained weight.
+        """Register every linear layer, convolution, transposed or not, and embedding.
 
-        Left alone are what is registered already, subclasses, since they may compute
-        something else, and layers that share a parameter with a module of another kind,
-        since their calls alone do not make up its curvature, and parameters that are
-        linked otherwise. Linear layers that share all their parameters are registered
-        together.
+        Left alone are layers without a trained weight, what is registered already,
+        subclasses, since they may compute something else, and layers that share a
+        parameter with a module of another kind, since their calls alone do not make up
+        its curvature, and parameters that are linked otherwise. Linear layers that share
+        all their parameters are registered together.
 
         Args:
             model: a part of the collection's model; all of it if None.
@@ -399,6 +416,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
                 self.register_fully_connected(module)
             elif type(module) in _CONVOLUTIONS:
                 self.register_convolution(module)
+            elif type(module) in _TRANSPOSED:
+                self.register_conv_transpose(module)
             elif type(module) is nn.Embedding and not module.sparse:
                 self.register_embedding(module)
 

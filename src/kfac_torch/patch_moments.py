@@ -155,6 +155,38 @@ def patch_view(
     return _windows(_pad(inputs, conv, conv.padding), conv)
 
 
+def mean_patch(
+    inputs: Tensor,
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Patches averaged over the output locations, ``[N, C, *kernel]``; none is formed.
+
+    Arguments are those of ``patch_second_moment``. At least float32.
+
+    Example:
+        >>> mean_patch(torch.arange(4.0).view(1, 1, 4), 2)
+        tensor([[[1., 2.]]])
+    """
+    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    conv = _describe(inputs, sizes, padding, 1, padding_mode)
+    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    x = _pad(x, conv, conv.padding)
+    # For each offset the mean of a slice, one dimension after the other: x times a matrix
+    # that is 1/o where offset u reaches location p. The last first: it is contiguous.
+    for i in reversed(range(len(conv.kernel))):
+        s, o = conv.stride[i], conv.out[i]
+        p = torch.arange(x.shape[2 + i], device=x.device).unsqueeze(1)
+        steps = p - conv.dilation[i] * torch.arange(conv.kernel[i], device=x.device)
+        reached = (steps >= 0) & (steps <= s * (o - 1)) & (steps % s == 0)
+        x = (x.movedim(2 + i, -1) @ (reached.to(x.dtype) / o)).movedim(-1, 2 + i)
+    return x
+
+
 def resolve_padding(
     padding: Padding,
     space: Sequence[int],

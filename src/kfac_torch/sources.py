@@ -42,6 +42,7 @@ class BatchMoments:
     ) -> None:
         self._num_terms = num_terms
         self._idle_rows = idle_rows
+        self._prepared: tuple[int, Tensor] | None = None
         self._reached: dict[int, Tensor] = {}  # rows of a call, where some are idle
         self._calls = list(calls)
         called: dict[str, list[int]] = {}
@@ -99,10 +100,8 @@ class BatchMoments:
             if used:
                 if self._idle_rows and block.skips_idle_rows:
                     self._see_rows(used)
-                inputs = [self._calls[i].input for i in used]
-                self._add(
-                    name, tuple(used), self._grads(block, inputs, list(used.values()))
-                )
+                covs = self._grads(block, self._inputs(tuple(used)), list(used.values()))
+                self._add(name, tuple(used), covs)
 
     def _see_rows(self, grads: Mapping[int, Tensor]) -> None:
         for i, grad in grads.items():
@@ -169,7 +168,16 @@ class BatchMoments:
         return a.reshape(-1, *features)[rows]
 
     def _inputs(self, used: set[int] | tuple[int, ...]) -> list[Tensor]:
-        return [self._calls[i].input for i in sorted(used)]
+        return [self._input(i) for i in sorted(used)]
+
+    def _input(self, i: int) -> Tensor:
+        call = self._calls[i]
+        if (
+            self._prepared is None or self._prepared[0] != i
+        ):  # one at a time: it may be large
+            block, _ = self._layers[call.layer]
+            self._prepared = i, block.prepare_input(call.input, call.output_shape)
+        return self._prepared[1]
 
 
 def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:

@@ -33,6 +33,28 @@ class Pool(nn.Module):
         return x.flatten(1, -2).mean(1)
 
 
+class ChannelPool(nn.Module):
+    """The mean, or the sum, over all locations."""
+
+    def __init__(self, total=False):
+        super().__init__()
+        self.total = total
+
+    def forward(self, x):
+        return x.flatten(2).sum(2) if self.total else x.flatten(2).mean(2)
+
+
+class Sized(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self, layer, *size):
+        super().__init__()
+        self.layer, self.size = layer, list(size)
+
+    def forward(self, x):
+        return self.layer(x, output_size=self.size)
+
+
 class Looped(nn.Module):
     """One layer, called several times, on inputs of several lengths."""
 
@@ -174,6 +196,27 @@ DEPTHWISE = {
 }
 
 
+TRANSPOSED = {
+    "1d": (nn.ConvTranspose1d, (2, 3, 4), {"stride": 3, "padding": 1, "bias": False},
+           (4,)),
+    "1d, cropped": (nn.ConvTranspose1d, (2, 3, 2), {"stride": 2, "padding": 3}, (6,)),
+    "1d, nothing left": (nn.ConvTranspose1d, (2, 3, 2), {"stride": 5, "padding": 3}, (2,)),
+    "2d": (nn.ConvTranspose2d, (2, 3, (2, 3)), {"padding": (1, 0)}, (3, 4)),
+    "2d, strided": (nn.ConvTranspose2d, (2, 3, 3),
+                    {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2)},
+                    (3, 2)),
+    "2d, dilated": (nn.ConvTranspose2d, (2, 3, (3, 2)),
+                    {"dilation": (2, 3), "stride": (1, 2), "output_padding": (1, 2)},
+                    (3, 2)),
+    "2d, groups": (nn.ConvTranspose2d, (4, 6, (3, 2)),
+                   {"groups": 2, "stride": 2, "padding": 1, "dilation": (1, 2)}, (3, 4)),
+    "2d, depthwise": (nn.ConvTranspose2d, (3, 6, 2),
+                      {"groups": 3, "stride": 2, "bias": False}, (2, 3)),
+    "3d, groups": (nn.ConvTranspose3d, (2, 4, 2), {"groups": 2, "stride": (1, 2, 1)},
+                   (2, 2, 2)),
+}  # fmt: skip
+
+
 def conv_cases(table, method, approx, net=conv_net, batch=3, diagonal=True):
     return {
         f"{method} {name}, {approx}": Case(
@@ -236,6 +279,8 @@ GENERIC = {
          ids(4, 6), lambda a: first("embedding", a)),
         ("conv", lambda: conv_net(nn.Conv1d(2, 3, 2)), randn(3, 2, 4),
          lambda a: first("convolution", a)),
+        ("transposed", lambda: conv_net(nn.ConvTranspose1d(2, 3, 2)), randn(3, 2, 4),
+         lambda a: first("conv_transpose", a)),
         ("depthwise", lambda: conv_net(nn.Conv1d(2, 4, 2, groups=2)), randn(3, 2, 4),
          lambda a: first("depthwise_conv2d", a)),
     )
@@ -244,6 +289,7 @@ EXACT = {
     **LINEAR_DIAGONALS,
     **conv_cases(CONVS, "convolution", "diagonal"),
     **conv_cases(DEPTHWISE, "depthwise_conv2d", "diagonal"),
+    **conv_cases(TRANSPOSED, "conv_transpose", "diagonal"),
     **NORM_CASES,
     **GENERIC,
 }
@@ -280,9 +326,80 @@ def sole(method, approx, attribute="layer"):
     )
 
 
+def pooled(layer, channels, *middle, total=False):
+    """A net that is linear, and averages or sums all positions of an example."""
+    pool = Pool() if isinstance(layer, nn.Linear) else ChannelPool(total)
+    return nn.Sequential(layer, *middle, pool, nn.Linear(channels, 3))
+
+
+REDUCED = {
+    "linear, reduced over tokens": Case(
+        lambda: pooled(nn.Linear(3, 4), 2, nn.Linear(4, 2)),
+        randn(5, 6, 3),
+        first("fully_connected", "kron_reduce"),
+        False,
+    ),
+    "linear without bias, reduced over two dimensions": Case(
+        lambda: pooled(nn.Linear(3, 4, bias=False), 4),
+        randn(5, 2, 3, 3),
+        first("fully_connected", "kron_reduce"),
+        False,
+    ),
+    "linear, reduced with one position": Case(
+        tanh_net, randn(1, 3), first("fully_connected", "kron_reduce"), False
+    ),
+    "linear, reduced over calls": Case(
+        lambda: Repeat(nn.Linear(3, 2), total=True),
+        randn(6, 3, 3),
+        sole("fully_connected_multi", "kron_reduce"),
+        False,
+    ),
+    "linear, reduced over calls and tokens": Case(
+        lambda: nn.Sequential(Repeat(nn.Linear(3, 2), total=True), Pool()),
+        randn(6, 3, 4, 3),
+        lambda layers, model: layers.register_fully_connected_multi(
+            model[0].layer, approx="kron_reduce"
+        ),
+        False,
+    ),
+    "conv, reduced over calls": Case(
+        lambda: nn.Sequential(Repeat(nn.Conv2d(2, 3, 2), total=True), ChannelPool()),
+        randn(5, 3, 2, 3, 4),
+        lambda layers, model: layers.register_conv2d_multi(model[0].layer, "kron_reduce"),
+        False,
+    ),
+    "conv, reduced, behind it another": Case(
+        lambda: pooled(nn.Conv2d(2, 3, 2, padding=1), 2, nn.Conv2d(3, 2, 1), total=True),
+        randn(5, 2, 3, 4),
+        first("convolution", "kron_reduce"),
+        False,
+    ),
+    **conv_cases(
+        CONVS, "convolution", "kron_reduce",
+        lambda conv: nn.Sequential(conv, ChannelPool()), diagonal=False,
+    ),
+    **conv_cases(
+        TRANSPOSED, "conv_transpose", "kron_reduce",
+        lambda conv: nn.Sequential(conv, ChannelPool()), diagonal=False,
+    ),
+}  # fmt: skip
 LINEAR = {
+    **REDUCED,
     **conv_cases(CONVS, "convolution", "kron", nn.Sequential, diagonal=False),
     **conv_cases(DEPTHWISE, "depthwise_conv2d", "kron", nn.Sequential, diagonal=False),
+    **conv_cases(TRANSPOSED, "conv_transpose", "kron", nn.Sequential, diagonal=False),
+    "conv transpose, told its size": Case(
+        lambda: Sized(nn.ConvTranspose2d(2, 3, 3, stride=(3, 2), padding=1), 8, 6),
+        randn(4, 2, 3, 3),
+        sole("conv_transpose", "kron"),
+        False,
+    ),
+    "conv transpose, several calls": Case(
+        lambda: Repeat(nn.ConvTranspose1d(2, 3, 2, stride=2), total=False),
+        randn(4, 3, 2, 4),
+        sole("conv_transpose", "kron"),
+        False,
+    ),
     "embedding": Case(
         lambda: nn.Sequential(nn.Embedding(5, 3)),
         lambda: torch.tensor([0, 3, 3, 1, 3]),
@@ -454,7 +571,12 @@ def test_sources_in_pieces_are_those_in_one(approx, monkeypatch):
 @pytest.mark.parametrize("inputs", [randn(6, 3), randn(4, 5, 3)], ids=["rows", "tokens"])
 @pytest.mark.parametrize(
     ("method", "full"),
-    [("fully_connected", "kron"), ("fully_connected_multi", "kron_indep")],
+    [
+        ("fully_connected", "kron"),
+        ("fully_connected", "kron_reduce"),
+        ("fully_connected_multi", "kron_indep"),
+        ("fully_connected_multi", "kron_reduce"),
+    ],
 )
 def test_diagonal_sides_are_the_diagonals_of_the_full_ones(method, full, inputs):
     model, x = tanh_net(), inputs()

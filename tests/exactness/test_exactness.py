@@ -70,6 +70,11 @@ LINEAR = [  # square loss, any batch
     ),
     Case("conv 1-D", lambda: nn.Sequential(nn.Conv1d(2, 3, 3, padding="same")), (4, 2, 6)),
     Case(
+        "conv transposed",
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1)),
+        (4, 2, 3, 3),
+    ),
+    Case(
         "conv 3-D", lambda: nn.Sequential(nn.Conv3d(2, 2, 2, bias=False)), (3, 2, 3, 3, 3)
     ),
 ]
@@ -82,6 +87,14 @@ ONE_DATUM = [  # any loss
             nn.Flatten(), nn.Linear(3, 2)
         ),
         (1, 2, 4, 4),
+    ),
+    Case(
+        "transposed convolution with one location",
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(2, 3, 3, stride=2, padding=2, dilation=2), nn.Tanh(),
+            nn.Flatten(), nn.Linear(3, 2)
+        ),
+        (1, 2, 1, 1),
     ),
 ]  # fmt: skip
 
@@ -97,7 +110,10 @@ def dense_blocks(model, x, loss):
     for layer, module in model.named_modules():
         if not hasattr(module, "weight"):
             continue
-        J = jacobians[f"{layer}.weight"].flatten(z.dim() + 1)  # [*z, out, in]
+        J = jacobians[f"{layer}.weight"]
+        if getattr(module, "transposed", False):
+            J = J.transpose(z.dim(), z.dim() + 1)
+        J = J.flatten(z.dim() + 1)  # [*z, out, in]
         if module.bias is not None:
             J = torch.cat([J, jacobians[f"{layer}.bias"].unsqueeze(-1)], -1)
         J = J.transpose(-1, -2).reshape(*z.shape, -1).movedim(-1, 0)

@@ -10,6 +10,10 @@ from .conv import (
     DepthwiseConvDiagonalFB as DepthwiseConvDiagonalFB,
     DepthwiseConvKFCBasicFB as DepthwiseConvKFCBasicFB,
 )
+from .conv_transpose import (
+    ConvTransposeDiagonalFB as ConvTransposeDiagonalFB,
+    ConvTransposeKFCFB as ConvTransposeKFCFB,
+)
 from .embedding import (
     EmbeddingKFACFB as EmbeddingKFACFB,
     EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,
@@ -31,4 +35,9 @@ from .recurrent import (
     ConvKFCBasicMultiIndepFB as ConvKFCBasicMultiIndepFB,
     FullyConnectedMultiIndepFB as FullyConnectedMultiIndepFB,
     FullyConnectedSeriesFB as FullyConnectedSeriesFB,
+)
+from .reduce import (
+    ConvKFCReduceFB as ConvKFCReduceFB,
+    ConvTransposeKFCReduceFB as ConvTransposeKFCReduceFB,
+    FullyConnectedKFACReduceFB as FullyConnectedKFACReduceFB,
 )

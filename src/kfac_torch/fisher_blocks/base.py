@@ -134,12 +134,18 @@ class FisherBlock(abc.ABC):
     def call_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Return what a call of a layer gives to the block; None for nothing.
-
-        `inputs[call]` of the other methods are such tensors: by default the first
-        argument.
+        """Return what a call of a layer gives to the block: by default the first argument;
+        None for nothing.
         """
         return args[0] if args else kwargs.get("input")
+
+    def prepare_input(self, tensor: Tensor, output_shape: torch.Size) -> Tensor:
+        """Return what the methods below take as the input of a call: `tensor` itself.
+
+        A block whose statistics depend on more of the call than its input, as those of a
+        transposed convolution depend on the output's size, brings it in here.
+        """
+        return tensor
 
     @abc.abstractmethod
     def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
@@ -174,6 +180,8 @@ class FisherBlock(abc.ABC):
         `grads[source][call]`.
         """
         stacked = [torch.stack(calls) for calls in zip(*grads, strict=True)]
+        shapes = [grad.shape[1:] for grad in stacked[: len(inputs)]]
+        inputs = list(map(self.prepare_input, inputs, shapes))
         covs = self.input_moments(inputs) + self.grad_moments(inputs, stacked, num_terms)
         rows, uses = self.num_rows(inputs, num_terms), self.num_uses(inputs)
         return [Moment(cov, rows, num_terms, uses) for cov in covs]

@@ -25,12 +25,29 @@ from ..fisher_factors import (
 )
 from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
-from .layer import LayerFactorFB
+from .layer import LayerFactorFB, LayerFB
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class ConvKFCBasicFB(KroneckerProductFB):
+class ConvFB(LayerFB):
+    """A block of a convolution (abstract): what its factors have to know of the layer."""
+
+    layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def _filter_shape(self) -> list[int]:
+        """`[*kernel, C, K]`, the input channels those of one group."""
+        conv = self.module
+        return [*conv.kernel_size, conv.in_channels // conv.groups, conv.out_channels]
+
+    def _stride(self) -> Sequence[int]:
+        return self.module.stride
+
+    def _padding(self) -> list[tuple[int, int]]:
+        return explicit_padding(self.module)
+
+
+class ConvKFCBasicFB(ConvFB, KroneckerProductFB):
     """The Kronecker block of a convolution, with or without a bias and groups.
 
     Any stride, dilation, padding and `padding_mode`. The rows of `V [in(+1), out]` are in
@@ -57,8 +74,6 @@ class ConvKFCBasicFB(KroneckerProductFB):
     (25.0, (57, 57))
     """
 
-    layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
     def __init__(
         self,
         module: nn.Module | Sequence[nn.Module],
@@ -79,15 +94,13 @@ class ConvKFCBasicFB(KroneckerProductFB):
     def _make_factors(self) -> tuple[Any, Any]:
         conv = self.module
         common = conv_factor_kwargs(conv, self.options)
-        channels = conv.in_channels // conv.groups
         name = f"{self.name}.input"
-        filter_shape = [*conv.kernel_size, channels, conv.out_channels]
         if self._sua:
             A = ConvInputSUAKroneckerFactor(
                 [no_data(name)],
-                filter_shape,
-                explicit_padding(conv),
-                conv.stride,
+                self._filter_shape(),
+                self._padding(),
+                self._stride(),
                 conv.dilation,
                 data_format(conv),
                 has_bias=self.has_bias,
@@ -97,9 +110,9 @@ class ConvKFCBasicFB(KroneckerProductFB):
         else:
             A = ConvInputKroneckerFactor(
                 [no_data(name)],
-                filter_shape,
-                explicit_padding(conv),
-                conv.stride,
+                self._filter_shape(),
+                self._padding(),
+                self._stride(),
                 conv.dilation,
                 data_format(conv),
                 has_bias=self.has_bias,
@@ -119,7 +132,7 @@ class ConvKFCBasicFB(KroneckerProductFB):
         return A, G
 
 
-class ConvDiagonalFB(LayerFactorFB):
+class ConvDiagonalFB(ConvFB, LayerFactorFB):
     """The exact diagonal of a convolution's block, with or without a bias and groups.
 
     `V [in(+1), out]` whatever the groups: a diagonal has no products between channels.
@@ -143,18 +156,15 @@ class ConvDiagonalFB(LayerFactorFB):
     (19, 2)
     """
 
-    layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
     def _make_factors(self) -> tuple[Any, ...]:
         conv = self.module
         name = f"{self.name}.weight"
-        channels = conv.in_channels // conv.groups
         factor = ConvDiagonalFactor(
             [no_data(name)],
             [[no_data(name)]],
-            [*conv.kernel_size, channels, conv.out_channels],
-            conv.stride,
-            explicit_padding(conv),
+            self._filter_shape(),
+            self._stride(),
+            self._padding(),
             data_format(conv),
             conv.dilation,
             has_bias=self.has_bias,
@@ -172,7 +182,7 @@ class ConvDiagonalFB(LayerFactorFB):
         if len(inputs) > 1:
             raise NotImplementedError(
                 f"layer {self.name}: the diagonal of a convolution is for one call in a "
-                f'forward, got {len(inputs)}; register it with "kron_indep"'
+                f'forward, got {len(inputs)}; register it with "kron_indep" or "kron"'
             )
         return [self._factor().summed_cov(inputs[0], grads[0])]
 

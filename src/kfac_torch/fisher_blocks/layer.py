@@ -58,6 +58,16 @@ class LayerFB(FisherBlock):
         """Undo `params_to_vector`."""
         return vector_to_layer(vector, self.params)
 
+    def check_one_batch_size(self, inputs: Sequence[Tensor]) -> None:
+        """Raise ValueError where calls cannot be parts of the same examples."""
+        sizes = [tensor.shape[0] for tensor in inputs]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"layer {self.name}: expected all its calls in a forward to have the same "
+                f"batch size, got {sizes}; register it with a Kronecker approximation that "
+                'takes every row by itself, "kron" or "kron_indep"'
+            )
+
 
 class LayerFactorFB(LayerFB, SingleFactorFB):
     """`F = T · C` of one layer, `C` made of its inputs and output gradients (abstract).
@@ -72,15 +82,6 @@ class LayerFactorFB(LayerFB, SingleFactorFB):
     def input_moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return nothing: the factor needs gradients."""
         return []
-
-    def check_one_batch_size(self, inputs: Sequence[Tensor]) -> None:
-        """Raise ValueError where calls cannot be parts of the same examples."""
-        sizes = [tensor.shape[0] for tensor in inputs]
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"layer {self.name}: expected all its calls in a forward to have the same "
-                f"batch size, got {sizes}; register it with a Kronecker approximation"
-            )
 
 
 def check_modules(

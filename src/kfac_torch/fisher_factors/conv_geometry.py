@@ -16,7 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..patch_moments import patch_second_moment, patch_view, resolve_padding
+from ..patch_moments import (
+    mean_patch,
+    patch_second_moment,
+    patch_view,
+    resolve_padding,
+)
 from .data import check_choice
 
 Padding: TypeAlias = str | int | Sequence[int] | Sequence[tuple[int, int]]
@@ -108,8 +113,7 @@ class ConvGeometry:
         """`Δ·C` of one group."""
         return self.num_offsets * self.channels
 
-    def check_inputs(self, tensor: Tensor) -> None:
-        """Raise ValueError where inputs do not fit the convolution."""
+    def _check_rank(self, tensor: Tensor) -> None:
         rank = len(self.kernel) + 2
         if tensor.dim() != rank:
             formats = CHANNELS_LAST if self.channels_last else CHANNELS_FIRST
@@ -117,6 +121,10 @@ class ConvGeometry:
                 f"{self.name}: inputs: expected rank {rank} ({formats[rank - 3]}) for a "
                 f"kernel of {rank - 2} spatial dimensions, got shape {tuple(tensor.shape)}"
             )
+
+    def check_inputs(self, tensor: Tensor) -> None:
+        """Raise ValueError where inputs do not fit the convolution."""
+        self._check_rank(tensor)
         channels = tensor.shape[-1 if self.channels_last else 1]
         if channels != self.channels * self.groups:
             raise ValueError(
@@ -130,8 +138,9 @@ class ConvGeometry:
         """Return the spatial shape of the output.
 
         Raises:
-            ValueError: the kernel is larger than the padded input.
+            ValueError: inputs of another rank, or a kernel larger than they are, padded.
         """
+        self._check_rank(inputs)
         space = inputs.shape[1:-1] if self.channels_last else inputs.shape[2:]
         pads = resolve_padding(self.padding, space, self.kernel, self.stride, self.dilation)
         room = [
@@ -177,6 +186,17 @@ class ConvGeometry:
     def patches(self, inputs: Tensor) -> Tensor:
         """Return a view of the patches, `[N, groups·C, *kernel, *out]`."""
         return patch_view(
+            self.channels_first(inputs),
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            padding_mode=self.padding_mode,
+        )
+
+    def mean_patch(self, inputs: Tensor) -> Tensor:
+        """Return each example's mean patch, `[N, groups·C, *kernel]`; none is formed."""
+        return mean_patch(
             self.channels_first(inputs),
             self.kernel,
             self.stride,
