@@ -3,7 +3,7 @@
 Notation: `F` the exact block of the Fisher (the Gauss-Newton matrix) of the mean loss,
 `K` what a layer's block makes of it, undamped; errors are `|K − F|/|F|`, cosines
 `⟨K, F⟩/(|K||F|)`, ratios of traces `tr K/tr F`, all of Frobenius. Whether theory expects
-`K = F` is read off the batch (`exact_blocks`): Martens & Grosse 2015 (arXiv 1503.05671),
+`K = F` is read off the batch (`row_facts`): Martens & Grosse 2015 (arXiv 1503.05671),
 section 3; Grosse & Martens 2016 (arXiv 1602.01407), Theorem 1; Eschenhagen et al. 2023
 (arXiv 2311.00636). Left out: damping and moving averages.
 """
@@ -20,23 +20,12 @@ from torch import Tensor, nn
 
 from .capture import Capture, LayerCall, random_state, set_random_state
 from .estimator import FisherEstimator
-from .exact_blocks import (
-    BlockSums,
-    Comparison,
-    ExactBlocks,
-    RowFacts,
-    Sources,
-    is_diagonal,
-)
-from .fisher_blocks import FisherBlock, KroneckerProductFB
-from .fisher_factors import (
-    ConvInputSUAKroneckerFactor,
-    DiagonalKroneckerFactor,
-    EmbeddingInputKroneckerFactor,
-)
+from .exact_blocks import BlockSums, Comparison, ExactBlocks, Sources
+from .fisher_blocks import FisherBlock
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
+from .row_facts import RowFacts, expectation
 
 _SAME_DIRECTION = 1e-3  # of 1 − cosine: what is wrong is the scale alone
 
@@ -385,35 +374,3 @@ def _ratios(comparison: Comparison) -> tuple[float, float, float]:
     trace_K, trace_F = (float(trace) for trace in comparison.traces)
     cosine = float(comparison.inner) / (K * F) if K else 0.0
     return float(comparison.difference) / F, cosine, trace_K / trace_F
-
-
-def expectation(block: FisherBlock, facts: RowFacts | None) -> tuple[bool, str]:
-    """Return whether theory expects the exact block (or diagonal) here, and why."""
-    kind = "diagonal" if is_diagonal(block) else "full block"
-    if block.needs_param_grads:
-        return True, f"the {kind} of every example's gradient"
-    if facts is None or not facts.num_rows:
-        return False, "nothing is known of this block"
-    if not facts.examples_apart:
-        return False, "examples interact, through batch statistics perhaps"
-    if not isinstance(block, KroneckerProductFB):
-        if len(block.factors) == 1:
-            return True, f"the {kind}, summed over the rows of every example"
-        return False, "nothing is known of this block"
-    left, right = block.factors
-    if isinstance(left, ConvInputSUAKroneckerFactor):
-        return False, "activations are taken as spatially uncorrelated"
-    if block.options.sub_sampling is not None:
-        return False, "statistics are of a sample of the rows"
-    one_hot = isinstance(left, EmbeddingInputKroneckerFactor)
-    if isinstance(right, DiagonalKroneckerFactor) or (
-        isinstance(left, DiagonalKroneckerFactor) and not one_hot
-    ):
-        return False, "a side is a diagonal alone"
-    if not facts.apart:
-        return False, "gradients of different rows or groups of an example interact"
-    if facts.num_rows == 1:
-        return True, "there is one row"
-    if facts.alike:
-        return True, "all rows have the same G and do not interact"
-    return False, "rows differ in the second moment of their gradients"

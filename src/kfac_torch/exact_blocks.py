@@ -9,11 +9,7 @@ Notation: `N` the loss terms, `B e_j` column `j` of the Fisher's factor at the o
 for the block `K` that is compared with it (all norms those of Frobenius). A small block is
 compared entry by entry. Of a large one no matrix is formed; gradients that do not fit in
 a bounded buffer are computed again where pairs of them are needed.
-
-Besides, what theory asks of a layer's rows `r`: with `C_rs = Σ_i s_ir s_isᵀ` over the
-gradients `s` at its output, `T · A ⊗ G` is exact where `C_rs = 0` for `r ≠ s` and all
-`C_rr` are alike. That is tested along random directions, which nothing but equality
-passes with a probability above 0. Left out: verdicts (`curvature_check`).
+Left out: verdicts (`curvature_check`).
 """
 
 from __future__ import annotations
@@ -23,17 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .capture import LayerCall, source_grads
 from .fisher_blocks import FisherBlock, KroneckerProductFB
 from .fisher_factors import DiagonalFactor
 from .loss_functions import LossFunction
+from .row_facts import RowFacts, is_diagonal
 
 _CHUNK_BYTES = 64 * 2**20  # gradients of a chunk of sources
 _KEPT_BYTES = 256 * 2**20  # gradients of large blocks that are kept for the pairs
-_DIRECTIONS = 2  # random ones; one is enough but for rounding
 
 
 @dataclass
@@ -114,99 +110,6 @@ class Sources:
                 yield z, (scale * loss.fisher_factor_all_columns(some)).to(z.dtype)
 
 
-# The rows of a layer.
-
-
-class RowFacts:
-    """What holds for the gradients at a layer's output, row by row.
-
-    Args:
-        block: of the layer.
-    """
-
-    def __init__(self, block: FisherBlock) -> None:
-        self._module: Any = block.modules[0]
-        self._groups = getattr(block, "groups", 1)
-        self._masks: list[Tensor | None] = []
-        self._generator = torch.Generator().manual_seed(0)
-        self.num_rows = 0  # R, without padding
-        # Made with the first gradients, whose shape they need.
-        self._directions = torch.empty(0)  # u   [groups, size, directions]
-        self._weights = torch.empty(0)  # w   [R, groups, directions]
-        self._each = torch.empty(0)  # uᵀ C_rr u   [R, groups, directions]
-        self._gathered = torch.empty(0)  # the same by sources of all examples
-        self._mixed = torch.empty(0)  # Σ_rs w_r w_s uᵀ C_rs u   [directions]
-
-    def set_calls(self, calls: Sequence[LayerCall]) -> None:
-        """Say which calls of the layer gradients are going to be added of."""
-        self._masks = [self._mask(call.input) for call in calls]
-
-    def _mask(self, inputs: Tensor) -> Tensor | None:
-        padding = getattr(self._module, "padding_idx", None)
-        return None if padding is None else inputs.flatten() != padding
-
-    def _rows(self, grad: Tensor, mask: Tensor | None) -> Tensor:
-        """Bring `[S, *output.shape]` to `[S, R, groups, size]`."""
-        if isinstance(self._module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            grad = grad.movedim(2, -1)
-        elif not isinstance(self._module, nn.Linear | nn.Embedding):
-            grad = grad.unsqueeze(-1)
-        rows = grad.flatten(1, -2)
-        rows = rows if mask is None else rows[:, mask]
-        return rows.unflatten(-1, (self._groups, -1))
-
-    def _random(self, *shape: int, like: Tensor) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(like)
-
-    def _project(self, grads: Sequence[Tensor]) -> Tensor:
-        pairs = zip(grads, self._masks, strict=True)
-        rows = torch.cat([self._rows(grad, mask) for grad, mask in pairs], 1)
-        if not self.num_rows:
-            self.num_rows = rows.shape[1]
-            self._directions = self._random(*rows.shape[2:], _DIRECTIONS, like=rows)
-            shape = (*rows.shape[1:3], _DIRECTIONS)
-            self._weights = self._random(*shape, like=rows)
-            self._each, self._gathered = rows.new_zeros(shape), rows.new_zeros(shape)
-            self._mixed = rows.new_zeros(_DIRECTIONS)
-        return torch.einsum("srgo,god->srgd", rows, self._directions)
-
-    def add(self, grads: Sequence[Tensor]) -> None:
-        """Add sources of one example each: `grads[call] [S, *output.shape]`."""
-        p = self._project(grads)
-        self._each = self._each + p.square().sum(0)
-        self._mixed = self._mixed + (self._weights * p).sum((1, 2)).square().sum(0)
-
-    def add_columns(self, grads: Sequence[Tensor]) -> None:
-        """Add sources of all examples at once."""
-        self._gathered = self._gathered + self._project(grads).square().sum(0)
-
-    @property
-    def alike(self) -> bool:
-        """Whether all rows have the same second moment."""
-        each = self._each
-        mean = each.mean(0, keepdim=True)
-        return bool((each - mean).abs().max() <= _resolution(each) * mean.max())
-
-    @property
-    def apart(self) -> bool:
-        """Whether no two rows (nor two groups) have anything to do with each other."""
-        alone = (self._weights.square() * self._each).sum((0, 1))
-        return bool(((self._mixed - alone).abs() <= _resolution(alone) * alone).all())
-
-    @property
-    def examples_apart(self) -> bool:
-        """Whether the output of an example depends on rows of no other."""
-        each = self._each
-        return bool((each - self._gathered).abs().max() <= _resolution(each) * each.max())
-
-
-def _resolution(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps ** 0.5
-
-
-# Blocks.
-
-
 class BlockSums:
     """The sums over sources that compare one block with the exact one.
 
@@ -280,11 +183,6 @@ def _wide(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
 
 
-def is_diagonal(block: FisherBlock) -> bool:
-    """Whether a block is the diagonal of one."""
-    return len(block.factors) == 1 and isinstance(block.factors[0], DiagonalFactor)
-
-
 def _single_factor(block: FisherBlock) -> Any:
     if len(block.factors) != 1:
         raise NotImplementedError(
@@ -298,9 +196,12 @@ def _norm_and_trace(block: FisherBlock) -> tuple[Tensor, Tensor]:
     T = block.num_locations
     kronecker = isinstance(block, KroneckerProductFB)
     norms, traces = [], []
-    for factor in block.factors if kronecker else [_single_factor(block)]:
+    factors: Sequence[Any] = block.factors
+    for factor in factors if kronecker else [_single_factor(block)]:
         if isinstance(factor, DiagonalFactor):
-            cov = _wide(factor.get_cov_var())
+            diagonal = factor.get_cov_var()
+            assert diagonal is not None  # there are statistics
+            cov = _wide(diagonal)
             norms.append(cov.norm())
             traces.append(cov.sum())
         else:
@@ -338,9 +239,8 @@ class ExactBlocks:
         used = [i for i, grad in enumerate(grads) if grad is not None]
         self._calls, self._edges = [calls[i] for i in used], [edges[i] for i in used]
         self._shapes = [grad.shape[1:] for grad in grads if grad is not None]
-        for name in facts:
-            own = [call for call in self._calls if call.layer == name]
-            facts[name].set_calls(own)
+        for name, each in facts.items():
+            each.set_calls([call for call in self._calls if call.layer == name])
         self._params = [
             p for each in sums.values() for p in each.block.params if p.requires_grad
         ]
@@ -389,8 +289,7 @@ class ExactBlocks:
                 _dense(by_param[p]) if p in by_param else p.new_zeros(len(which), *p.shape)
                 for p in each.block.params
             ]
-            to_vector = each.block.params_to_vector
-            result[name] = torch.vmap(lambda *tensors, f=to_vector: f(tensors))(*parts)
+            result[name] = _to_vectors(each.block, parts)
         return result
 
     def _add_rows(
@@ -404,6 +303,11 @@ class ExactBlocks:
         for name, each in by_layer.items():
             facts = self._facts[name]
             (facts.add_columns if all_examples else facts.add)(each)
+
+
+def _to_vectors(block: FisherBlock, parts: Sequence[Tensor]) -> Tensor:
+    """Bring `parts[param] [S, *param.shape]` to `V [S, ...]`."""
+    return torch.vmap(lambda *tensors: block.params_to_vector(tensors))(*parts)
 
 
 def _dense(tensor: Tensor) -> Tensor:
