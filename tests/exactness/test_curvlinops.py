@@ -11,19 +11,13 @@ with the one last. Its matrices have a layer's weight in rows `[out, in(+1)]`, o
 `V [in(+1), out]`.
 """
 
-import warnings
-
+import curvlinops
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from kfac_torch import CurvatureMatrixVectorProductComputer, LayerCollection
 from kfac_torch.estimator import FisherEstimator
-
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated")
-    curvlinops = pytest.importorskip("curvlinops")
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -56,7 +50,7 @@ def conv_net():
     )  # fmt: skip
 
 
-# name -> (model, batch, shape of a normal target, classes in the last dimension)
+# name -> (model, shape of the batch, shape of the output, classes last)
 NETS = {
     "MLP": (mlp, (6, 3), (6, 3)),
     "conv net with stride": (conv_net, (4, 2, 5, 6), (4, 3)),
@@ -156,16 +150,14 @@ def test_full_blocks_and_products_are_its_gauss_newton_matrix(name, loss):
     for layer, expected in layer_blocks(matrix, model, layers).items():
         assert_close(layers.blocks[layer].full_fisher_block() * scale, expected)
     # Products are of the sum over loss terms, without the weight of the loss.
-    products = CurvatureMatrixVectorProductComputer(
-        lambda params: layers.losses(functional_call(model, params, (x,)))[0][0],
-        dict(model.named_parameters()),
-    )
+    params = list(model.parameters())
+    ((attached, _),) = layers.losses(model(x))
+    products = CurvatureMatrixVectorProductComputer([attached], params)
     for _ in range(3):
-        vectors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-        flat = torch.cat([v.flatten() for v in vectors.values()])
-        product = products.multiply_ggn(vectors)
-        ours = torch.cat([product[n].flatten() for n in vectors]) * coeff / N * scale
-        assert_close(ours, matrix @ flat)
+        vectors = [torch.randn_like(param) for param in params]
+        product = products.multiply_generalized_gauss_newton(vectors)
+        ours = torch.cat([part.flatten() for part in product]) * coeff / N * scale
+        assert_close(ours, matrix @ torch.cat([v.flatten() for v in vectors]))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +186,6 @@ def test_kronecker_factors_are_its_factors(name, loss):
     model, x, y = problem(name, loss)
     layers, N, _ = gather(model, loss, x)
     params = list(model.parameters())
-    # What it takes for the loss terms of an example: all but the last dimension.
     operator = curvlinops.KFACLinearOperator(
         model,
         loss,
