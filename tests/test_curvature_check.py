@@ -1,6 +1,10 @@
 """`check_curvature`: its figures against dense matrices, its verdicts, what it leaves."""
 
+import contextlib
 import dataclasses
+import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -514,3 +518,19 @@ def test_an_output_without_a_gradient():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="does not depend on any trained parameter"):
         check_curvature(model, "normal", torch.randn(2, 3), layer_collection=layers)
+
+
+def test_the_tables_on_the_page_are_what_its_code_prints():
+    """Up to the digits of what is rounding."""
+    page = Path(__file__).parent.parent / "docs" / "check_curvature.md"
+    code, shown = re.search(
+        r"```python\n(.*?)```.*?```text\n(.*?)```", page.read_text(), re.DOTALL
+    ).groups()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    without_rounding = [
+        re.sub(r"\d\.\de-1\d|0\.0e\+00", "rounding", text)
+        for text in (printed.getvalue(), shown)
+    ]
+    assert without_rounding[0] == without_rounding[1]
