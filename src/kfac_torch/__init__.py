@@ -7,6 +7,7 @@ from . import (
     loss_functions as loss_functions,
     patch_moments as patch_moments,
 )
+from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
     CurvatureMatrixVectorProductComputer as CurvatureMatrixVectorProductComputer,
 )
@@ -23,6 +24,7 @@ __all__ = (
     "LayerCollection",
     "LevenbergMarquardt",
     "QModel",
+    "check_curvature",
     "curvature_products",
     "fisher_blocks",
     "fisher_factors",

@@ -94,6 +94,7 @@ class FisherBlock(abc.ABC):
     def release_factors(self) -> None:
         """Undo `instantiate_factors`."""
         self._factors = ()
+        self.num_locations, self._weight = 1.0, 0.0
 
     @property
     def factors(self) -> Sequence[Any]:

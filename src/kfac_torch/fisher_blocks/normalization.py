@@ -24,7 +24,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class _ScaleAndShiftFB(LayerFactorFB):
+class ScaleAndShiftFB(LayerFactorFB):
     """The two blocks of a scale and a shift; `V` is a column `[n, 1]` (abstract).
 
     Args:
@@ -92,7 +92,7 @@ class _ScaleAndShiftFB(LayerFactorFB):
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
 
-class ScaleAndShiftFullFB(_ScaleAndShiftFB):
+class ScaleAndShiftFullFB(ScaleAndShiftFB):
     """The full block of a scale and a shift.
 
     >>> block = ScaleAndShiftFullFB(nn.LayerNorm(3))
@@ -106,7 +106,7 @@ class ScaleAndShiftFullFB(_ScaleAndShiftFB):
     factor_type = ScaleAndShiftFullFactor
 
 
-class ScaleAndShiftDiagonalFB(_ScaleAndShiftFB):
+class ScaleAndShiftDiagonalFB(ScaleAndShiftFB):
     """The diagonal of the block of a scale and a shift.
 
     >>> block = ScaleAndShiftDiagonalFB(nn.GroupNorm(2, 4))
