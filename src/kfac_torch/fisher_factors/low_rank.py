@@ -70,7 +70,7 @@ def nystrom(Y: Tensor, omega: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     tensor([1., 5.])
     """
     norm = torch.linalg.matrix_norm(Y)[..., None, None]
-    shift = norm * (len(omega) ** 0.5 * torch.finfo(Y.dtype).eps)  # ν
+    shift = norm * torch.finfo(Y.dtype).eps  # ν
     Y = Y + shift * omega
     e, V = torch.linalg.eigh(symmetrize(omega.mT @ Y))
     # None is below ν but by rounding; of C = 0 all are 0, and so is Y.
