@@ -765,3 +765,25 @@ def test_a_dimension_that_scale_and_shift_are_broadcast_over_may_have_any_size()
     own = CASES["scale and shift, own dims"]  # here the scale has that dimension
     with pytest.raises(ValueError, match=r"of one shape \(N, 2, 3\), got"):
         ready(own).new_cov([[other]])
+
+
+DESCRIPTIONS = {
+    "fully connected, bias": "full 4",
+    "conv input 2d, groups": "2 x full 13",
+    "split": "split 2x2 of 3",
+    "split, bias": "split 2x2",
+    "conv input split 2d, groups": "2 x split 2x12 of 19",
+    "conv input diagonal side, groups": "2 x diagonal 13",
+    "fully connected diagonal, bias": "diagonal 8",
+    "embedding": "diagonal 5",
+    "low rank, bias": "low rank 1 of 4",
+    "conv input low rank, groups": "2 x low rank 1 of 12",
+    "multi-use, folded": "full 3",
+    "scale and shift": "full 6",
+    "uncorrelated locations": "uncorrelated locations 3 of 13",
+}
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_how_a_factor_is_kept_in_words(name):
+    assert ready(CASES[name]).describe() == DESCRIPTIONS[name]
