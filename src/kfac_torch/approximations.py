@@ -149,6 +149,16 @@ DEFAULT_APPROXIMATIONS: Mapping[str, str] = MappingProxyType(
 )
 
 
+def takes_size_limit(kind: str, approx: str) -> bool:
+    """Whether a block has sides that may be too large.
+
+    Not so of a diagonal, of what is asked for whole by name (but for the default of scale
+    and shift), and of a chain over time, which needs whole matrices.
+    """
+    kronecker = approx.startswith("kron") and "series" not in approx
+    return kronecker or (kind, approx) == ("scale_and_shift", "full")
+
+
 class _Default:
     """The default of one kind, to be read."""
 
