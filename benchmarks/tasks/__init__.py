@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from . import char_transformer, digits_autoencoder, fashion_conv, mnist_autoencoder
+from . import (
+    char_transformer,
+    curves_autoencoder,
+    digits_autoencoder,
+    fashion_conv,
+    kfac_jax_digits,
+    mnist_autoencoder,
+)
 from .base import Task as Task
 from .data import DataMissingError as DataMissingError
 
@@ -20,8 +27,11 @@ _MAKERS: Mapping[str, Callable[[Path | None], Task]] = MappingProxyType(
     {
         "T1": digits_autoencoder.make_task,
         "T2": mnist_autoencoder.make_task,
+        "T3": curves_autoencoder.make_task,
         "T4": fashion_conv.make_task,
+        "T4bn": partial(fashion_conv.make_task, batch_norm=True),
         "T6": char_transformer.make_task,
+        "A": kfac_jax_digits.make_task,
     }
 )
 TASKS = tuple(_MAKERS)

@@ -68,7 +68,7 @@ class Task:
         return self._mean(model, self.test_cases, metric)
 
     def training_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """What a step minimises: the loss of a batch, with the l2 term where there is one."""
+        """What a step minimises: the loss of a batch, and the l2 term if any."""
         loss = self.loss(model(x), y)
         if self.l2:
             theta = nn.utils.parameters_to_vector(model.parameters())
@@ -132,17 +132,22 @@ def accuracy(output: Tensor, y: Tensor) -> Tensor:
     return (output.argmax(-1) == y).float().mean()
 
 
-def autoencoder(*widths: int) -> nn.Sequential:
+def fan_in_normal(weight: Tensor) -> None:
+    """Draw a weight from `N(0, 1/inputs)`, as kfac-jax does."""
+    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+
+def autoencoder(*widths: int, init: Callable[[Tensor], object]) -> nn.Sequential:
     """Tanh layers down to the last width and back; the code and the output are linear.
 
-    Weights are drawn from `N(0, 1/inputs)`, biases are zero.
+    `init` draws the weights; biases are zero.
     """
     sizes = [*widths, *widths[-2::-1]]
     linear = (len(widths) - 2, len(sizes) - 2)
     layers: list[nn.Module] = []
     for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         layer = nn.Linear(n_in, n_out)
-        nn.init.normal_(layer.weight, std=n_in**-0.5)
+        init(layer.weight)
         nn.init.zeros_(layer.bias)
         layers += [layer] if i in linear else [layer, nn.Tanh()]
     return nn.Sequential(*layers)

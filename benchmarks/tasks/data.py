@@ -70,7 +70,7 @@ def load_idx(
 
 
 def load_text(data_dir: Path | None = None) -> Tensor:
-    """Tiny Shakespeare as numbers of characters `[characters]`, in the characters' order."""
+    """Tiny Shakespeare `[characters]`: the number of each among the sorted characters."""
     path = find_file("tinyshakespeare", "tinyshakespeare.txt", data_dir)
     text = path.read_text(encoding="utf-8")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}

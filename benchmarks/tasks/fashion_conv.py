@@ -1,8 +1,8 @@
 """T4, T4bn: a small convolutional net on 20 000 images of Fashion-MNIST.
 
 Three 3x3 convolutions (16, 32, 32 channels), each followed by ReLU and 2x2 max pooling
-(28, 14, 7, 3), and a linear layer; batches of 512; the loss is watched on the first 2 500. T4bn has
-a BatchNorm before each ReLU.
+(28, 14, 7, 3), and a linear layer; batches of 512; the loss is watched on the first 2 500.
+T4bn has a BatchNorm before each ReLU; its losses are watched with the running statistics.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
 """T2: the MNIST autoencoder of the lineage at a smaller size.
 
-784-400-200-100-30 and back, tanh, linear code, Bernoulli loss summed over pixels, batches of
-1 000 of the 60 000 images; the loss is watched on the first 2 000.
+784-400-200-100-30 and back, tanh, linear code, Bernoulli loss summed over pixels, Glorot's
+uniform weights as in the lineage's example, batches of 1 000 of the 60 000 images; the loss
+is watched on the first 2 000. A long plateau near 205, the loss of the mean image, comes
+first. The target is the best of a grid of AdamW and SGD after 300 steps.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from torch import nn
 
 from .base import Task, autoencoder, bernoulli_loss, seeded, shuffled_batches
 from .data import load_idx
@@ -26,7 +30,7 @@ def make_task(data_dir: Path | None = None) -> Task:
     return Task(
         name="T2",
         title="MNIST autoencoder",
-        make_model=seeded(lambda: autoencoder(*WIDTHS)),
+        make_model=seeded(lambda: autoencoder(*WIDTHS, init=nn.init.xavier_uniform_)),
         batches=shuffled_batches(x, x, min(1000, len(x))),
         loss=bernoulli_loss,
         kfac_loss="bernoulli",
