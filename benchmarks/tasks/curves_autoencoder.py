@@ -7,7 +7,7 @@ our own, since the original's is not known, so figures are not comparable with p
 weights, batches of 1 000 of 20 000 images; the loss is watched on the first 2 000.
 
 Notation: knots `(x_i, y_i)`, i = 0, 1, 2, of the natural spline; with `h_i = x_{i+1} − x_i`
-and slopes `d_i`, its second derivative at the middle knot is `M = 3 (d_1 − d_0)/(h_0 + h_1)`.
+and slopes `d_i`, the second derivative at the middle knot is `3 (d_1 − d_0)/(h_0 + h_1)`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .base import Task, autoencoder, bernoulli_loss, seeded, shuffled_batches
 WIDTHS = (784, 400, 200, 100, 50, 25, 6)
 TRAIN, TEST, EVALUATED = 20_000, 4000, 2000
 SIDE, POINTS, BLUR, GAIN = 28, 60, 0.6, 1.5
+CHUNK = 500  # curves that are drawn at once
 TARGET = 100.0
 SEED = 0  # of the data; the seed of a run is another
 
@@ -32,7 +33,7 @@ def curves(number: int, seed: int = SEED) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     parts, found = [], 0
     while found < number:
-        x, y = _splines(min(2000, number), generator)
+        x, y = _splines(CHUNK, generator)
         inside = ((y >= 1) & (y <= 26)).all(dim=1)
         parts.append(_ink(x[inside], y[inside]))
         found += int(inside.sum())
@@ -86,15 +87,15 @@ def _ink(x: Tensor, y: Tensor) -> Tensor:
     return (GAIN * images).clamp(max=1).flatten(1)
 
 
-def make_task(data_dir: Path | None = None) -> Task:
-    """Return the task; the curves need no folder."""
-    x = curves(TRAIN + TEST)
-    x, x_test = x[:TRAIN], x[TRAIN:]
+def make_task(data_dir: Path | None = None, train: int = TRAIN, test: int = TEST) -> Task:
+    """Return the task of so many images; the curves need no folder."""
+    x = curves(train + test)
+    x, x_test = x[:train], x[train:]
     return Task(
         name="T3",
         title="autoencoder of curves",
         make_model=seeded(lambda: autoencoder(*WIDTHS, init=nn.init.xavier_uniform_)),
-        batches=shuffled_batches(x, x, 1000),
+        batches=shuffled_batches(x, x, min(1000, train)),
         loss=bernoulli_loss,
         kfac_loss="bernoulli",
         train_cases=(x[:EVALUATED], x[:EVALUATED]),
