@@ -29,6 +29,5 @@ def make_kfac(task: Task, model: nn.Module) -> KFAC:
 
 
 def closure_needed(optimizer: Any) -> bool:
-    """Whether `step` has to be given a closure: where the damping adapts."""
-    rule = getattr(optimizer, "_damping", None)
-    return isinstance(rule, LevenbergMarquardt)
+    """Whether `step` has to be given a closure: by K-FAC while its damping adapts."""
+    return isinstance(optimizer, KFAC)

@@ -2,11 +2,11 @@
 
     python benchmarks/tune_rivals.py --data-dir DIR [--tasks T1 ...] [--rivals AdamW ...]
 
-Twelve random settings of the rival's space (`rivals.py`), drawn with a seed, train for a part
-of the task's step budget; the best three go on, the best of these goes on to the end. Best is
-the lowest training loss on the fixed cases. A first part is an eighth, a second one a third of
-the budget; on the tasks with a plateau, where early losses say little, they are one third and
-two. Steps decide, not seconds, so that a busy machine changes nothing; `--seconds` ends a trial
+Twelve random settings of the rival's space (`rivals.py`), drawn with a seed, train for a
+part of the task's step budget; the best three go on, the best of these goes on to the end.
+Best is the lowest training loss on the fixed cases. The parts are an eighth and a third of
+the budget; on the tasks with a plateau, where early losses say little, a third and two.
+Steps decide, not seconds, so that a busy machine changes nothing; `--seconds` ends a trial
 that takes longer in processor time all the same, and the table shows it. Every trial is
 written to `results/trials.json`; those of other tasks and rivals are kept there.
 `steps_to_target.py` takes its settings from the table.
