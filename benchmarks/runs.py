@@ -7,11 +7,14 @@ the machine is idle and is hardly touched by other processes that wait for the s
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +100,16 @@ class Run:
     def _record(self) -> None:
         loss = self.task.evaluate(self.model)
         self.curve.append((self.steps, round(self.wall, 3), round(self.cpu, 3), loss))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that people can read too: a list of numbers is one line."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(
+        r"\[\s+([-+\d.e,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

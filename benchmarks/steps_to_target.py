@@ -4,7 +4,8 @@
 
 K-FAC is what `kfac_setup.make_kfac` makes, the same on every task; the rivals have the
 settings of `results/trials.json`. Three seeds, not that of the trials, one thread. Each run
-takes its whole step budget, or with `--stop` ends at the target. Seconds are processor time
+takes its whole step budget, and up to half as much again if it has not reached the target
+by then; with `--stop` it ends at the target. Seconds are processor time
 of the training steps, which is what the wall clock says on an idle machine; both are kept.
 Written are `results/steps_to_target.json` and, with the same name, a Markdown table: median
 [min-max] over the seeds; a run that does not reach the target has "-" and counts as worse.
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 from kfac_setup import make_kfac
 from rivals import RIVALS
-from runs import Run, machine
+from runs import Run, machine, write_json
 from tasks import TASKS, Task, load_task
 
 SEEDS = (1, 2, 3)
+OVERTIME = 1.5  # times the budget, to reach the target
 METHODS = ("K-FAC", *RIVALS)
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,9 +50,10 @@ def run_once(
             task, partial(RIVALS[method].make, settings=settings), seed, task.rival_every
         )
         budget = task.rival_steps
-    for until in range(run.every, budget + run.every, run.every):
-        run.train(min(until, budget))
-        if stop and run.reached(task.target):
+    first = run.every if stop else budget
+    for until in range(first, round(OVERTIME * budget) + 1, run.every):
+        run.train(until)
+        if run.reached(task.target):
             break
     hit = run.reached(task.target)
     return {
@@ -133,8 +136,7 @@ def main() -> None:
                 for seed in arguments.seeds
             ]
             report |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+            write_json(out, report)
             out.with_suffix(".md").write_text(table(report["tasks"]), encoding="utf-8")
             print(name, method, "done", file=sys.stderr)
     print(table(report["tasks"]))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from rivals import RIVALS, Settings
-from runs import Run, machine
+from runs import Run, machine, write_json
 from tasks import TASKS, Task, load_task
 
 TRIALS, SEED = 12, 0
@@ -121,8 +121,7 @@ def store(path: Path, task: str, rival: str, found: dict[str, Any]) -> None:
     """Put a result into the table, which keeps the others."""
     table = json.loads(path.read_text()) if path.exists() else {"seed": SEED, "tasks": {}}
     table["tasks"].setdefault(task, {})[rival] = found
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_json(path, table)
 
 
 if __name__ == "__main__":
