@@ -4,7 +4,8 @@
 the layer was given. An example's gradient is `Σ x̂ ∘ g` and `Σ g` over the dimensions
 that the parameters do not have; the blocks are the second moment of both together over
 examples, or its diagonal: exact, up to the dependence of batch statistics on all
-examples, where there are any.
+examples, where there are any. Left out: statistics of other processes, as of an
+`nn.SyncBatchNorm` in training: `x̂` is that of this one's own examples.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from ..fisher_factors import ScaleAndShiftDiagonalFactor, ScaleAndShiftFullFacto
 from .base import accumulation_dtype, no_data
 from .layer import LayerFactorFB
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)
+"""The layers whose scale and shift these blocks are of."""
 
 
 class ScaleAndShiftFB(LayerFactorFB):
@@ -38,13 +41,7 @@ class ScaleAndShiftFB(LayerFactorFB):
             of different size.
     """
 
-    layer_types = (
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.GroupNorm,
-        *_BATCH_NORMS,
-        *_INSTANCE_NORMS,
-    )
+    layer_types = NORMS
     factor_type: type[Any]
 
     def _make_factors(self) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from ..fisher_factors.linear import rows_moment
 from .base import Moment, accumulation_dtype, no_data
 from .conv import ConvKFCBasicFB
 from .kronecker import KroneckerProductFB
-from .linear import FullyConnectedKFACBasicFB
+from .linear import FullyConnectedKFACBasicFB, LinearFB
 
 
 class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB):
@@ -73,7 +73,7 @@ class ConvKFCBasicMultiIndepFB(ConvKFCBasicFB):
     """The block of a convolution that is called several times, calls independent."""
 
 
-class FullyConnectedSeriesFB(KroneckerProductFB):
+class FullyConnectedSeriesFB(LinearFB, KroneckerProductFB):
     """The block of an `nn.Linear` whose uses are a linear Gaussian chain over time.
 
     The layer is called once for every time step, in their order, or once with all of
@@ -93,8 +93,6 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         NotImplementedError: an exponent other than -1, or a Cholesky factor.
     """
 
-    layer_types = (nn.Linear,)
-
     def __init__(
         self,
         module: nn.Module | Sequence[nn.Module],
@@ -111,7 +109,7 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         self._num_uses = 1
 
     def _make_factors(self) -> tuple[Any, Any]:
-        linear = self.module
+        weight, (m, n) = self.params[0], self.sizes
         A, G = (
             FullyConnectedMultiKF(
                 [[no_data(f"{self.name}.{side}")]],
@@ -120,12 +118,12 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
                 size=size,
                 name=f"{self.name}.{side}",
                 options=self.options,
-                dtype=accumulation_dtype(linear.weight),
-                device=linear.weight.device,
+                dtype=accumulation_dtype(weight),
+                device=weight.device,
             )
             for side, size, has_bias in (
-                ("input", linear.in_features, self.has_bias),
-                ("output", linear.out_features, False),
+                ("input", m, self.has_bias),
+                ("output", n, False),
             )
         )
         return A, G

@@ -45,9 +45,13 @@ class DiagonalFactor(FisherFactor, abc.ABC):
         """The number of entries on the diagonal."""
         return torch.Size(self._cov_shape).numel()
 
+    def _diagonal(self) -> Tensor:
+        """The diagonal, made of what is stored, in its shape."""
+        return self._stored_cov()
+
     def cov_trace(self) -> Tensor:
         """Return the sum of the diagonal, 0-dim."""
-        return self._stored_cov().sum()
+        return self._diagonal().sum()
 
     def get_cov(self) -> Tensor:
         """Return the dense diagonal matrix; `get_cov_var()` is the diagonal alone.
@@ -55,7 +59,7 @@ class DiagonalFactor(FisherFactor, abc.ABC):
         Raises:
             RuntimeError: before `instantiate_cov_variables`.
         """
-        return self._stored_cov().flatten().diag()
+        return self._diagonal().flatten().diag()
 
     def register_matpower(self, exp: float, damping_func: DampingFunc) -> None:
         """Do nothing but check the damping: powers are computed when they are used."""
@@ -88,7 +92,7 @@ class DiagonalFactor(FisherFactor, abc.ABC):
             torch.linalg.LinAlgError: a negative power of an entry that is not positive
                 (found where looking is free: on the CPU).
         """
-        damped = self._stored_cov() + evaluate_damping(damping_func, self.name)
+        damped = self._diagonal() + evaluate_damping(damping_func, self.name)
         if exp < 0 and damped.device.type == "cpu" and not (damped > 0).all():
             raise torch.linalg.LinAlgError(
                 f"{self.name}: cannot raise the damped diagonal to {exp}: its smallest "

@@ -147,6 +147,24 @@ class DiagonalKroneckerFactor(DiagonalFactor):
             )
 
 
+class UnitTraceDiagonalFactor(DiagonalKroneckerFactor):
+    """A diagonal side `d/tr(d)`, whose running moment is that of `d`; 0 where `tr(d)` is.
+
+    The other side of the product has the scale then. Arguments as the base class.
+
+    >>> factor = UnitTraceDiagonalFactor([[torch.tensor([[1.0, 2.0], [3.0, 4.0]])]])
+    >>> factor.instantiate_cov_variables()
+    >>> _ = factor.make_covariance_update_op(0.0)()
+    >>> factor.get_cov().diagonal()
+    tensor([0.3333, 0.6667])
+    """
+
+    def _diagonal(self) -> Tensor:
+        d = self._stored_cov()
+        trace = d.sum()
+        return d / torch.where(trace > 0, trace, 1)
+
+
 class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):
     """The input side of an embedding: how often each id occurs, divided by B.
 
