@@ -16,6 +16,7 @@ from .estimator import FisherEstimator as FisherEstimator
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
 from .options import QModel as QModel
+from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
     "KFAC",
@@ -24,6 +25,7 @@ __all__ = (
     "LayerCollection",
     "LevenbergMarquardt",
     "QModel",
+    "SizeLimit",
     "check_curvature",
     "curvature_products",
     "fisher_blocks",

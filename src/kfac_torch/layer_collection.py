@@ -7,23 +7,22 @@ model returns. Left out: layers found by looking at the graph.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .approximations import APPROXIMATIONS, DefaultApproximations
+from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
 from .loss_collection import LossCollection
+from .registration import Found, find_layers
+from .size_limit import SizeLimit
 from .use_count import count_uses
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class LayerCollection(DefaultApproximations, LossCollection):
@@ -32,6 +31,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
     Args:
         model: the root module, whose forward returns what the losses are of.
         options: of all factors.
+        size_limit: what sides of Kronecker products become above a size, in every layer
+            registered; None for none.
 
     Raises:
         TypeError: `model` is no module.
@@ -46,7 +47,12 @@ class LayerCollection(DefaultApproximations, LossCollection):
     >>> layers.check_registration()
     """
 
-    def __init__(self, model: nn.Module, options: FactorOptions = FactorOptions()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: FactorOptions = FactorOptions(),
+        size_limit: SizeLimit | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "model: expected the root module itself, whose forwards are watched, got "
@@ -57,6 +63,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self.model = model
         self.blocks: dict[str, FisherBlock] = {}
         self._options = options
+        self._size_limit = size_limit
+        self.left_alone: dict[str, str] = {}  # by auto_register_layers, and why
         self._linked: dict[frozenset[int], str | None] = {}
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
@@ -171,6 +179,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
         first = layers[0]
         params = frozenset(id(p) for p in first.parameters() if p.requires_grad)
         approx = self._choose(kind, approx, params, name or known or "model")
+        if self._size_limit is not None and takes_size_limit(kind, approx):
+            kwargs["size_limit"] = self._size_limit
         block = APPROXIMATIONS[kind][approx](
             module, name or known or "model", options=self._options, **kwargs
         )
@@ -229,7 +239,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
     def register_fully_connected(
         self, module: nn.Module, approx: str | None = None, name: str | None = None
     ) -> None:
-        """Register an `nn.Linear` that is called once in a forward.
+        """Register an `nn.Linear`, or a `Conv1D` of transformers, called once in a forward.
 
         `approx`: `"kron"`, with diagonal sides `"kron_in_diag"`, `"kron_out_diag"`,
         `"kron_both_diag"`, `"kron_reduce"` (averaged over the positions of an example,
@@ -315,17 +325,62 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """
         self._register("embedding", module, approx, name)
 
+    def register_embedding_bag(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.EmbeddingBag` of mode `"sum"` or `"mean"`.
+
+        `approx`: as `register_embedding`; `"kron"` leaves out how the words of a bag occur
+        together.
+
+        Raises:
+            ValueError: as `register_block`, an unknown approximation, or mode `"max"`,
+                which has `"diagonal"` and `"full"` alone.
+        """
+        self._register("embedding_bag", module, approx, name)
+
+    def register_tied_embedding(
+        self,
+        modules: Sequence[nn.Module],
+        approx: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Register embeddings and linear heads that share one weight.
+
+        A bias of a head is not in the block; see `register_generic`.
+
+        `approx`: as `register_embedding`, of `"kron"` and its sides alone.
+
+        Raises:
+            TypeError: a module of another type.
+            ValueError: as `register_block`, an unknown approximation, or modules that do
+                not share their weight.
+        """
+        self._register("tied_embedding", modules, approx, name, num_uses=None)
+
+    def register_bilinear(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.Bilinear`: a linear layer of the products of its inputs.
+
+        `approx`: as `register_fully_connected`, but for `"kron_reduce"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        self._register("bilinear", module, approx, name)
+
     def register_scale_and_shift(
         self, module: nn.Module, approx: str | None = None, name: str | None = None
     ) -> None:
         """Register a normalisation layer with a trained scale, and maybe a shift.
 
-        `approx`: `"full"` or `"diagonal"`.
+        It may be called any number of times. `approx`: `"full"` or `"diagonal"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
         """
-        self._register("scale_and_shift", module, approx, name)
+        self._register("scale_and_shift", module, approx, name, num_uses=None)
 
     def register_fully_connected_multi(
         self,
@@ -380,60 +435,43 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self._register("embedding_multi", module, approx, name, num_uses)
 
     def auto_register_layers(self, model: nn.Module | None = None) -> None:
-        """Register every linear layer, convolution, transposed or not, and embedding.
+        """Register every layer that has a block of its own: `registration.KINDS`.
 
-        Left alone are layers without a trained weight, what is registered already,
-        subclasses, since they may compute something else, and layers that share a
-        parameter with a module of another kind, since their calls alone do not make up
-        its curvature, and parameters that are linked otherwise. Linear layers that share
-        all their parameters are registered together.
+        Modules that share all their parameters are registered together, and so are
+        embeddings and linear heads with one weight. Left alone is what is registered
+        already, parameters that are linked otherwise, and modules of which `left_alone`
+        says by name why. A normalisation layer with many features has a diagonal block
+        where the default is the full one.
 
         Args:
             model: a part of the collection's model; all of it if None.
         """
         root = self.model if model is None else model
-        owners = Counter(
-            id(param)
-            for module in self.model.modules()
-            for param in module.parameters(recurse=False)
-        )
         taken = {id(param) for param in self.registered_variables}
-        for module in root.modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+        for found in find_layers(root, self.model, taken):
+            if not isinstance(found, Found):
+                module, reason = found
+                name = self._module_names.get(id(module))
+                self.left_alone[name or type(module).__name__] = reason
                 continue
-            ids = [id(param) for param in module.parameters(recurse=False)]
-            if taken.intersection(ids) or self._linked_otherwise(module):
+            if any(map(self._linked_otherwise, found.modules)):
                 continue
-            if type(module) is nn.Linear and any(owners[i] > 1 for i in ids):
-                tied = self._tied(ids)
-                if all(owners[i] == len(tied) for i in ids):
-                    self.register_fully_connected_multi(tied)
-                    taken.update(ids)
-            elif any(owners[i] > 1 for i in ids):
-                continue
-            elif type(module) is nn.Linear:
-                self.register_fully_connected(module)
-            elif type(module) in _CONVOLUTIONS:
-                self.register_convolution(module)
-            elif type(module) in _TRANSPOSED:
-                self.register_conv_transpose(module)
-            elif type(module) is nn.Embedding and not module.sparse:
-                self.register_embedding(module)
+            register = getattr(self, f"register_{found.register}")
+            kwargs = {}
+            if found.is_large_norm and self._prefers_full_scales(found.modules[0]):
+                kwargs["approx"] = "diagonal"
+            one = len(found.modules) == 1
+            register(found.modules[0] if one else found.modules, **kwargs)
+
+    def _prefers_full_scales(self, module: nn.Module) -> bool:
+        """Whether a normalisation layer has a full block for want of another choice."""
+        linked = self._linked.get(frozenset(map(id, module.parameters())))
+        return linked is None and self.default_scale_and_shift_approximation == "full"
 
     def _linked_otherwise(self, module: nn.Module) -> bool:
         """Whether a layer's parameters are linked, but not as this layer."""
         ids = {id(p) for p in module.parameters(recurse=False) if p.requires_grad}
         return any(linked & ids and linked != ids for linked in self._linked)
-
-    def _tied(self, ids: list[int]) -> list[nn.Module]:
-        """All linear layers with these parameters and no others."""
-        return [
-            module
-            for module in self.model.modules()
-            if type(module) is nn.Linear
-            and [id(p) for p in module.parameters(recurse=False)] == ids
-        ]
 
     # What is registered.
 

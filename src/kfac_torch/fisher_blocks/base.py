@@ -101,6 +101,15 @@ class FisherBlock(abc.ABC):
         """The factors; empty before `instantiate_factors`."""
         return self._factors
 
+    @property
+    def factor_sizes(self) -> list[str]:
+        """How each factor is kept and its size, as in `["full 513", "split 8x128"]`.
+
+        Raises:
+            RuntimeError: before `instantiate_factors`.
+        """
+        return [factor.describe() for factor in self._instantiated()]
+
     def _instantiated(self) -> tuple[Any, ...]:
         if not self._factors:
             raise RuntimeError(

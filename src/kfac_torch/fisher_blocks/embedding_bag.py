@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher_factors import FactorOptions
+from ..size_limit import SizeLimit
 from .base import accumulation_dtype
 from .embedding import EmbeddingKFACFB
+from .sides import make_side
 
 
 class EmbeddingBagKFACFB(EmbeddingKFACFB):
@@ -35,6 +37,7 @@ class EmbeddingBagKFACFB(EmbeddingKFACFB):
         name: of the layer, for messages and checkpoints.
         options: of the factors.
         diagonal_approx_for_output: keep the diagonal of `G` alone.
+        size_limit: what an output side above a size becomes; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -60,9 +63,14 @@ class EmbeddingBagKFACFB(EmbeddingKFACFB):
         options: FactorOptions = FactorOptions(),
         *,
         diagonal_approx_for_output: bool = False,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         super().__init__(
-            module, name, options, diagonal_approx_for_output=diagonal_approx_for_output
+            module,
+            name,
+            options,
+            diagonal_approx_for_output=diagonal_approx_for_output,
+            size_limit=size_limit,
         )
         problem = unsupported_bag(self.module)
         if problem is not None:
@@ -70,6 +78,11 @@ class EmbeddingBagKFACFB(EmbeddingKFACFB):
                 f'layer {self.name}: expected the mode "sum" or "mean", got {self.module}: '
                 f"{problem}; register its weight with register_generic"
             )
+
+    def _make_factors(self) -> tuple[Any, Any]:
+        size, features = self.params[0].shape
+        A = make_side(True, size, False, self, "input")
+        return A, make_side(self._diagonal_output, features, False, self, "output")
 
     def call_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

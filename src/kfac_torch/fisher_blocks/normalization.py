@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..fisher_factors import ScaleAndShiftDiagonalFactor, ScaleAndShiftFullFactor
+from ..fisher_factors import (
+    FactorOptions,
+    ScaleAndShiftDiagonalFactor,
+    ScaleAndShiftFullFactor,
+)
+from ..size_limit import SizeLimit, form_of
 from .base import accumulation_dtype, no_data
 from .layer import LayerFactorFB
 
@@ -92,6 +97,16 @@ class ScaleAndShiftFB(LayerFactorFB):
 class ScaleAndShiftFullFB(ScaleAndShiftFB):
     """The full block of a scale and a shift.
 
+    Args:
+        module: the layer, or several that share all their parameters.
+        name: of the layer, for messages and checkpoints.
+        options: of the factors.
+        size_limit: above its `max_size` of parameters the block is a diagonal; None for
+            none.
+
+    Raises:
+        TypeError, ValueError: as `ScaleAndShiftDiagonalFB`.
+
     >>> block = ScaleAndShiftFullFB(nn.LayerNorm(3))
     >>> block.instantiate_factors(damping=0.1)
     >>> x, g = torch.randn(5, 3), torch.randn(5, 3)
@@ -101,6 +116,19 @@ class ScaleAndShiftFullFB(ScaleAndShiftFB):
     """
 
     factor_type = ScaleAndShiftFullFactor
+
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+        *,
+        size_limit: SizeLimit | None = None,
+    ) -> None:
+        super().__init__(module, name, options)
+        size = sum(param.numel() for param in self.params)
+        if form_of(size_limit, size) != "full":
+            self.factor_type = ScaleAndShiftDiagonalFactor
 
 
 class ScaleAndShiftDiagonalFB(ScaleAndShiftFB):

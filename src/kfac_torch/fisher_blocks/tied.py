@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher_factors import FactorOptions, UnitTraceDiagonalFactor
+from ..size_limit import SizeLimit
 from .base import FisherBlock, accumulation_dtype, no_data
 from .embedding import EmbeddingKFACFB
 from .kronecker import weighted_mean
 from .layer import check_modules, layer_params
-from .linear import make_side
+from .sides import make_side
 
 
 class TiedEmbeddingFB(EmbeddingKFACFB):
@@ -47,6 +48,7 @@ class TiedEmbeddingFB(EmbeddingKFACFB):
         name: of the layer, for messages and checkpoints.
         options: of the factors.
         diagonal_approx_for_output: keep the diagonal of `P_D` alone.
+        size_limit: what a `P_D` above a size becomes; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -74,6 +76,7 @@ class TiedEmbeddingFB(EmbeddingKFACFB):
         options: FactorOptions = FactorOptions(),
         *,
         diagonal_approx_for_output: bool = False,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         layers = [modules] if isinstance(modules, nn.Module) else list(modules)
         name = name or "+".join(type(layer).__name__ for layer in layers)
@@ -84,6 +87,7 @@ class TiedEmbeddingFB(EmbeddingKFACFB):
         self.module = embedding
         self.has_bias = False
         self._diagonal_output = diagonal_approx_for_output
+        self.size_limit = size_limit
 
     def _make_factors(self) -> tuple[Any, Any]:
         weight, name = self.params[0], f"{self.name}.input"
