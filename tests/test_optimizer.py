@@ -124,10 +124,24 @@ def test_statistics_leave_gradients_and_the_global_generator_alone():
     optimizer.close()
 
 
+class Affine(nn.Module):
+    """A layer that K-FAC does not know."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(size)),
+            nn.Parameter(torch.zeros(size)),
+        )
+
+    def forward(self, x):
+        return self.weight * x + self.bias
+
+
 @pytest.mark.parametrize("momentum_type", ["regular", "adam"])
 def test_parameters_without_a_block_follow_plain_momentum_and_are_named(momentum_type):
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4), Affine(4), nn.Linear(4, 2))
     optimizer = make(model, momentum=0.5, momentum_type=momentum_type)
     x, y = torch.randn(6, 3), torch.randint(2, (6,))
     start, velocity = model[1].weight.detach().clone(), 0
@@ -595,7 +609,7 @@ def test_masked_logits():
 
 
 def test_messages_point_at_the_users_line():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(3, 4), Affine(4))
     optimizer = make(model)
     x, y = small(8)
     with pytest.warns() as caught:
@@ -926,7 +940,7 @@ def test_bad_arguments(kwargs, message):
         make(net(), **kwargs)
 
 
-@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.LSTM(4, 4), nn.ReLU()])
+@pytest.mark.parametrize("model", [nn.PReLU(3), nn.LSTM(4, 4), nn.ReLU()])
 def test_a_model_without_a_supported_layer(model):
     with pytest.raises(
         ValueError, match=r"has no layer that K-FAC supports: expected an nn\.L"

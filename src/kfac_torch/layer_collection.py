@@ -17,15 +17,14 @@ from .capture import uncompiled
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
-from .loss_collection import LossCollection
 from .registration import Found, find_layers
+from .registration_checks import RegistrationChecks, as_list
 from .size_limit import SizeLimit
-from .use_count import count_uses
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
 
 
-class LayerCollection(DefaultApproximations, LossCollection):
+class LayerCollection(DefaultApproximations, RegistrationChecks):
     """The blocks of a model by name, and its losses.
 
     Args:
@@ -59,19 +58,15 @@ class LayerCollection(DefaultApproximations, LossCollection):
                 f"{type(model).__name__}; pass model rather than model.parameters()"
             )
         DefaultApproximations.__init__(self)
-        LossCollection.__init__(self)
-        self.model = model
-        self.blocks: dict[str, FisherBlock] = {}
+        RegistrationChecks.__init__(self, model)
         self._options = options
         self._size_limit = size_limit
         self.left_alone: dict[str, str] = {}  # by auto_register_layers, and why
         self._linked: dict[frozenset[int], str | None] = {}
-        self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
-        # Shared modules and parameters are known by their first name.
-        module = uncompiled(model)
-        self._module_names = {id(m): name for name, m in module.named_modules()}
-        self._param_names = {id(p): name for name, p in module.named_parameters()}
+        # Shared modules are known by their first name.
+        modules = uncompiled(model).named_modules()
+        self._module_names = {id(m): name for name, m in modules}
 
     # Linked parameters.
 
@@ -91,7 +86,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
             ValueError: a parameter that is linked or registered already, or that the
                 model does not have, or an approximation that no layer has.
         """
-        group = _sequence(params)
+        group = as_list(params)
         taken = {i for linked in self._linked for i in linked}
         taken |= {id(p) for p in self.registered_variables}
         for param in group:
@@ -224,7 +219,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
         if isinstance(params, nn.Module):
             name = name or self._module_names.get(id(params)) or "model"
             params = [p for p in params.parameters() if p.requires_grad]
-        params = _sequence(params)
+        params = as_list(params)
         if not all(isinstance(p, Tensor) for p in params):
             raise TypeError(
                 f"register_generic: expected a module or parameters that are trained, got "
@@ -475,11 +470,6 @@ class LayerCollection(DefaultApproximations, LossCollection):
 
     # What is registered.
 
-    @property
-    def registered_variables(self) -> list[nn.Parameter]:
-        """All parameters that have a block."""
-        return [param for block in self.blocks.values() for param in block.params]
-
     def get_blocks(self) -> list[FisherBlock]:
         """Return all blocks, in order of registration."""
         return list(self.blocks.values())
@@ -505,96 +495,3 @@ class LayerCollection(DefaultApproximations, LossCollection):
         if not isinstance(factor, cls):
             factor = self._factors[key] = cls(*args)
         return factor
-
-    def describe(self, param: Tensor) -> str:
-        """Return `parameter` and its name in the model."""
-        name = self._param_names.get(id(param))
-        return f"parameter {name}" if name else f"a tensor of shape {tuple(param.shape)}"
-
-    # Checks.
-
-    def check_blocks(self) -> None:
-        """Raise ValueError unless there is a block."""
-        if not self.blocks:
-            raise ValueError(
-                "no layer is registered: call auto_register_layers() or a register_... "
-                "method of the layer collection first"
-            )
-
-    def check_variables(self, variables: Iterable[Tensor]) -> None:
-        """Raise ValueError unless `variables` are exactly those registered."""
-        problems = self._variable_problems(variables)
-        if problems:
-            raise ValueError("variables: " + "; ".join(problems))
-
-    def _variable_problems(self, variables: Iterable[Tensor]) -> list[str]:
-        given = {id(variable): variable for variable in variables}
-        ours = {id(variable): variable for variable in self.registered_variables}
-        missing = [
-            f"{self.describe(variable)} has no block: register its layer, or itself with "
-            "register_generic"
-            for i, variable in given.items()
-            if i not in ours
-        ]
-        superfluous = [
-            f"{self.describe(variable)} is registered, but "
-            f"{'not among the variables' if variable.requires_grad else 'is frozen'}"
-            for i, variable in ours.items()
-            if i not in given
-        ]
-        return missing + superfluous
-
-    def check_registration(
-        self, variables: Iterable[Tensor] | None = None, outputs: Any = None
-    ) -> None:
-        """Check that every variable is registered, and as often as it is used.
-
-        Args:
-            variables: what has to be registered, no more and no less; all trained
-                parameters of the model if None.
-            outputs: the network outputs of a forward, attached to its graph: a tensor or
-                several, or what the model returned, where the losses say what is in it.
-                If given, the uses of each parameter in that graph are counted and
-                compared with those registered: 1, or `num_uses` of a layer that is used
-                several times. Generic blocks may be used any number of times.
-
-        Raises:
-            ValueError: all that is wrong, in one message.
-        """
-        if variables is None:
-            variables = [p for p in self.model.parameters() if p.requires_grad]
-        problems = self._variable_problems(variables)
-        if outputs is not None:
-            problems += self._use_problems(outputs)
-        if problems:
-            raise ValueError("registration: " + "; ".join(problems))
-
-    def _use_problems(self, outputs: Any) -> list[str]:
-        tensors = _sequence(outputs) if isinstance(outputs, Tensor | list | tuple) else []
-        if not tensors or not all(isinstance(z, Tensor) for z in tensors):
-            self.check_losses()
-            tensors = [z for _, z in self.network_outputs(outputs)]
-        counts = count_uses(tensors)
-        problems: list[str] = []
-        for name, block in self.blocks.items():
-            expected = self._uses[name]
-            if expected is None or block.needs_param_grads:
-                continue
-            problems += [
-                f"{self.describe(param)} is registered with {expected} use(s), but used "
-                f"{counts[param]} time(s) by the outputs"
-                for param in block.params
-                if param.requires_grad and counts[param] != expected
-            ]
-        if problems:
-            problems.append(
-                "register a layer that is called several times with a "
-                "register_..._multi method and num_uses=; one whose parameters are used "
-                "beside its own calls, or whose derivatives are part of the output (as in "
-                "a physics-informed loss), with register_generic"
-            )
-        return problems
-
-
-def _sequence(value: Any) -> list[Any]:
-    return [value] if isinstance(value, Tensor) else list(value)

@@ -111,7 +111,7 @@ def find_layers(
     [Found(register='bilinear', modules=(Bilinear(...),))]
     """
     owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
+    for module in _unique([*model.modules(), *root.modules()]):
         for param in module.parameters(recurse=False):
             owners.setdefault(id(param), []).append(module)
     inside = {

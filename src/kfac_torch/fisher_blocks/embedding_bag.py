@@ -90,7 +90,7 @@ class EmbeddingBagKFACFB(EmbeddingKFACFB):
         """Return the rows `a_n`, sparse and coalesced, `[N, vocabulary]`."""
         names = ("input", "offsets", "per_sample_weights")
         given = dict(zip(names, args, strict=False)) | kwargs
-        return multi_hot(module, *map(given.get, names))
+        return multi_hot(module, given["input"], *map(given.get, names[1:]))
 
     def num_rows(self, inputs: Sequence[Tensor], num_terms: float) -> float:
         """`R`: the bags of all calls."""

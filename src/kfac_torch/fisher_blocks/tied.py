@@ -158,14 +158,14 @@ def check_tied(layers: Sequence[nn.Module], name: str) -> None:
     """
     embeddings = [layer for layer in layers if isinstance(layer, nn.Embedding)]
     heads = [layer for layer in layers if not isinstance(layer, nn.Embedding)]
+    for head in heads:
+        check_modules(head, (nn.Embedding, nn.Linear), name)
     if not embeddings or not heads:
         raise ValueError(
             f"layer {name}: expected at least one nn.Embedding and one nn.Linear that share "
             f"their weight, got {', '.join(map(str, layers))}"
         )
     check_modules(embeddings, (nn.Embedding,), name)
-    for head in heads:
-        check_modules(head, (nn.Linear,), name)
     if len({id(layer.weight) for layer in layers}) > 1:
         raise ValueError(
             f"layer {name}: expected modules that share their weight, got "
