@@ -17,6 +17,8 @@ from .capture import uncompiled
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
+from .layer_choice import Choices
+from .plain_updates import PLAIN_RULES
 from .registration import Found, find_layers
 from .registration_checks import RegistrationChecks, as_list
 from .size_limit import SizeLimit
@@ -64,6 +66,8 @@ class LayerCollection(DefaultApproximations, RegistrationChecks):
         self.left_alone: dict[str, str] = {}  # by auto_register_layers, and why
         self._linked: dict[frozenset[int], str | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
+        self._choices = Choices()
+        self.fallback = "adamw"
         # Shared modules are known by their first name.
         modules = uncompiled(model).named_modules()
         self._module_names = {id(m): name for name, m in modules}
@@ -495,3 +499,16 @@ class LayerCollection(DefaultApproximations, RegistrationChecks):
         if not isinstance(factor, cls):
             factor = self._factors[key] = cls(*args)
         return factor
+
+    def is_excluded(self, param: Tensor) -> bool:
+        """Whether a parameter is another optimizer's."""
+        return self._param_names.get(id(param)) in self._choices.excluded
+
+    def is_chosen(self, name: str) -> bool:
+        """Whether the user said which rule moves a parameter."""
+        return self._choices.rule(name) is not None
+
+    def plain_rule(self, param: Tensor) -> str:
+        """Return the rule that moves a parameter while it has no block."""
+        chosen = self._choices.rule(self._param_names.get(id(param), ""))
+        return chosen or (self.fallback if self.fallback in PLAIN_RULES else "adamw")

@@ -162,8 +162,8 @@ def check_tied(layers: Sequence[nn.Module], name: str) -> None:
         check_modules(head, (nn.Embedding, nn.Linear), name)
     if not embeddings or not heads:
         raise ValueError(
-            f"layer {name}: expected one nn.Embedding or more and one nn.Linear or more that "
-            f"share their weight, got {', '.join(map(str, layers))}"
+            f"layer {name}: expected one nn.Embedding or more and one nn.Linear or "
+            f"more that share their weight, got {', '.join(map(str, layers))}"
         )
     check_modules(embeddings, (nn.Embedding,), name)
     if len({id(layer.weight) for layer in layers}) > 1:
