@@ -639,7 +639,7 @@ def test_masked_logits():
 
 
 def test_messages_point_at_the_users_line():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4))
     optimizer = make(model)
     x, y = small(8)
     with pytest.warns() as caught:
@@ -970,7 +970,7 @@ def test_bad_arguments(kwargs, message):
         make(net(), **kwargs)
 
 
-@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.LSTM(4, 4), nn.ReLU()])
+@pytest.mark.parametrize("model", [nn.PReLU(3), nn.LSTM(4, 4), nn.ReLU()])
 def test_a_model_without_a_supported_layer(model):
     with pytest.raises(
         ValueError, match=r"has no layer that K-FAC supports: expected an nn\.L"

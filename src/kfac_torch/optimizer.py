@@ -554,8 +554,9 @@ def _complete(
     if not layers.blocks:
         raise ValueError(
             f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-            "nn.Linear, an nn.Conv1d/2d/3d, an nn.ConvTranspose1d/2d/3d or an nn.Embedding "
-            "with a trained weight that no module of another kind shares"
+            "nn.Linear, a convolution, an embedding, a normalisation or another layer of "
+            "registration.KINDS with a trained weight; left alone: "
+            f"{layers.left_alone or 'nothing'}"
         )
     if (loss is None) == (not layers.registered_losses):
         given = "neither" if loss is None else "both"

@@ -30,7 +30,7 @@ from ..size_limit import SizeLimit
 from .base import Moment, accumulation_dtype, no_data
 from .conv import ConvKFCBasicFB
 from .kronecker import KroneckerProductFB
-from .linear import FullyConnectedKFACBasicFB
+from .linear import FullyConnectedKFACBasicFB, LinearFB
 
 
 class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB):
@@ -77,7 +77,7 @@ class ConvKFCBasicMultiIndepFB(ConvKFCBasicFB):
     """The block of a convolution that is called several times, calls independent."""
 
 
-class FullyConnectedSeriesFB(KroneckerProductFB):
+class FullyConnectedSeriesFB(LinearFB, KroneckerProductFB):
     """The block of an `nn.Linear` whose uses are a linear Gaussian chain over time.
 
     The layer is called once for every time step, in their order, or once with all of
@@ -97,8 +97,6 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         NotImplementedError: an exponent other than -1, or a Cholesky factor.
     """
 
-    layer_types = (nn.Linear,)
-
     def __init__(
         self,
         module: nn.Module | Sequence[nn.Module],
@@ -115,7 +113,7 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         self._num_uses = 1
 
     def _make_factors(self) -> tuple[Any, Any]:
-        linear = self.module
+        weight, (m, n) = self.params[0], self.sizes
         A, G = (
             FullyConnectedMultiKF(
                 [[no_data(f"{self.name}.{side}")]],
@@ -124,12 +122,12 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
                 size=size,
                 name=f"{self.name}.{side}",
                 options=self.options,
-                dtype=accumulation_dtype(linear.weight),
-                device=linear.weight.device,
+                dtype=accumulation_dtype(weight),
+                device=weight.device,
             )
             for side, size, has_bias in (
-                ("input", linear.in_features, self.has_bias),
-                ("output", linear.out_features, False),
+                ("input", m, self.has_bias),
+                ("output", n, False),
             )
         )
         return A, G

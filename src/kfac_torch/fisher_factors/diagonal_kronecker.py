@@ -36,7 +36,7 @@ class DiagonalSideFactor(DiagonalFactor, abc.ABC):
 
     def cov_trace(self) -> Tensor:
         """Return the sum of the diagonal: 0-dim, or one for each group."""
-        return self._stored_cov().sum(-1)
+        return self._diagonal().sum(-1)
 
     def get_cov(self) -> Tensor:
         """Return the dense diagonal matrix `[..., n, n]`; `get_cov_var()` is the diagonal.
@@ -44,7 +44,7 @@ class DiagonalSideFactor(DiagonalFactor, abc.ABC):
         Raises:
             RuntimeError: before `instantiate_cov_variables`.
         """
-        return self._stored_cov().diag_embed()
+        return self._diagonal().diag_embed()
 
     def describe(self) -> str:
         """Return how the matrix is kept and its size, as in `"diagonal 50257"`."""
@@ -183,6 +183,24 @@ class DiagonalKroneckerFactor(DiagonalSideFactor):
         if self._has_bias:
             squares = torch.cat([squares, squares.new_full((1,), rows)])
         return squares.div_(rows)
+
+
+class UnitTraceDiagonalFactor(DiagonalKroneckerFactor):
+    """A diagonal side `d/tr(d)`, whose running moment is that of `d`; 0 where `tr(d)` is.
+
+    The other side of the product has the scale then. Arguments as the base class.
+
+    >>> factor = UnitTraceDiagonalFactor([[torch.tensor([[1.0, 2.0], [3.0, 4.0]])]])
+    >>> factor.instantiate_cov_variables()
+    >>> _ = factor.make_covariance_update_op(0.0)()
+    >>> factor.get_cov().diagonal()
+    tensor([0.3333, 0.6667])
+    """
+
+    def _diagonal(self) -> Tensor:
+        d = self._stored_cov()
+        trace = d.sum()
+        return d / torch.where(trace > 0, trace, 1)
 
 
 class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):
