@@ -12,8 +12,8 @@ from kfac_torch.fisher_blocks import (
     DepthwiseConvKFCBasicFB,
     FullFB,
     FullyConnectedDiagonalFB,
-    ScaleAndShiftDiagonalFB,
     NaiveDiagonalFB,
+    ScaleAndShiftDiagonalFB,
     ScaleAndShiftFullFB,
 )
 from kfac_torch.fisher_blocks.normalization import normalize
