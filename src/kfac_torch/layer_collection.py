@@ -8,19 +8,20 @@ model returns. Left out: layers found by looking at the graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
+from .coverage import CoverageReport, coverage_report
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
 from .loss_collection import LossCollection
 from .size_limit import SizeLimit
-from .use_count import count_uses
+from .use_count import UseWatch, count_uses
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,6 +65,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
         LossCollection.__init__(self)
         self.model = model
         self.blocks: dict[str, FisherBlock] = {}
+        self.use_watch = UseWatch(self.blocks)
         self._options = options
         self._size_limit = size_limit
         self._linked: dict[frozenset[int], str | None] = {}
@@ -483,6 +485,19 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """Return `parameter` and its name in the model."""
         name = self._param_names.get(id(param))
         return f"parameter {name}" if name else f"a tensor of shape {tuple(param.shape)}"
+
+    def report(self, others: Mapping[str, str] | None = None) -> CoverageReport:
+        """Return what K-FAC does with every parameter of the model; prints as a table.
+
+        Known before any forward, and without making a factor. Once a backward has been
+        seen, also where a layer's parameters are used beside its calls.
+
+        Args:
+            others: by name, what updates a parameter without a block.
+        """
+        return coverage_report(
+            uncompiled(self.model), self.blocks, self.use_watch, others or {}
+        )
 
     # Checks.
 
