@@ -189,8 +189,8 @@ class CoverageReport:
 
     def _totals(self) -> Iterator[str]:
         yield from _wrapped(
-            f"{_share(self.covered)} of {in_short(self.num_trained)} trained parameters have a "
-            f"block. Memory: {in_bytes(self.nbytes)} of factors; the model has "
+            f"{_share(self.covered)} of {in_short(self.num_trained)} trained parameters "
+            f"have a block. Memory: {in_bytes(self.nbytes)} of factors; the model has "
             f"{in_bytes(self.model_nbytes)}, AdamW's state would have "
             f"{in_bytes(self.adamw_nbytes)}."
         )

@@ -56,16 +56,17 @@ def count_uses(outputs: Sequence[Tensor]) -> Counter[Tensor]:
             if node not in readers and node not in ends:
                 todo.append(node)
             readers[node].append(reader)
-
-    def uses(node: Any) -> int:
-        found = [
-            uses(reader) if reader.name() in _SAME_NUMBERS else 1
-            for reader in readers.get(node, ())
-        ]
-        return sum(found) + (node in ends)
-
     leaves = [node for node in readers if hasattr(node, "variable")]
-    return Counter({node.variable: uses(node) for node in leaves})
+    return Counter({node.variable: _uses(node, readers, ends) for node in leaves})
+
+
+# Not a closure, which would refer to itself: it would keep the graph until a collection.
+def _uses(node: Any, readers: Mapping[Any, list[Any]], ends: set[Any]) -> int:
+    found = [
+        _uses(reader, readers, ends) if reader.name() in _SAME_NUMBERS else 1
+        for reader in readers.get(node, ())
+    ]
+    return sum(found) + (node in ends)
 
 
 class UseWatch:
@@ -143,8 +144,8 @@ class UseWatch:
             warnings.warn(
                 "the network is differentiated inside its own loss (create_graph=True, as "
                 "in a physics-informed loss or a gradient penalty): the factors are of the "
-                "network output, not of its derivatives. Let the model's forward return the "
-                "derivatives too, with a loss of them, and register its layers with "
+                "network output, not of its derivatives. Let the model's forward return "
+                "the derivatives too, with a loss of them, and register its layers with "
                 "register_generic",
                 UserWarning,
                 stacklevel=2,
