@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kfac_torch import KFAC, FisherEstimator, LayerCollection, SizeLimit, coverage
 from kfac_torch.approximations import APPROXIMATIONS
 from kfac_torch.fisher_factors import FactorOptions
+from kfac_torch.layer_choice import Layers
 
 ROOT = Path(__file__).parent.parent
 INPUTS = {
@@ -322,18 +323,20 @@ def test_rows_are_in_the_models_order_and_have_all_of_it():
 
 
 def test_why_there_is_no_block():
-    _, layers = mixed()
-    report = layers.report({"offset": "plain momentum"})
+    model, layers = mixed()
+    layers._choices = Layers(exclude=["a"], approx={"offset": "sgd"}).resolve(model)
+    report = layers.report()
     for name, reason, by in (
         ("offset", "a parameter of Mixed itself", "plain momentum"),
-        ("norm.weight", "BatchNorm1d: .* register_scale_and_shift", "up to the optimizer"),
-        ("rnn.weight_ih_l0", "GRU: not registered", "up to the optimizer"),
+        ("norm.weight", "BatchNorm1d: .* register_scale_and_shift", "AdamW"),
+        ("rnn.weight_ih_l0", "GRU: not registered", "AdamW"),
         ("frozen.weight", "frozen", "nothing: frozen"),
         ("partly.weight", "frozen", "nothing: frozen"),
-        ("partly.bias", "the weight of its Linear is frozen", "up to the optimizer"),
-        ("bare.0", "a bare parameter", "up to the optimizer"),
-        ("a.bias", r"shared by a \(Linear\) and b \(Bilinear\)", "up to the optimizer"),
-        ("a.weight", "Linear: not registered", "up to the optimizer"),
+        ("partly.bias", "the weight of its Linear is frozen", "AdamW"),
+        ("bare.0", "a bare parameter", "AdamW"),
+        ("a.bias", "excluded", "another optimizer"),
+        ("a.weight", "excluded", "another optimizer"),
+        ("b.weight", "Bilinear: not registered", "AdamW"),
     ):
         row = report[name]
         assert re.match(reason, row.reason), (name, row.reason)
@@ -348,6 +351,9 @@ def test_reasons_that_are_known():
         model, layers.blocks, layers.use_watch, {}, {"rnn": "fused", "offset": "so"}
     )
     assert (report["rnn.bias_ih_l0"].reason, report["offset"].reason) == ("fused", "so")
+    assert report["offset"].updated_by == "the optimizer"
+    shared = r"shared by a \(Linear\) and b \(Bilinear\), with no block for both"
+    assert re.match(shared, report["a.bias"].reason)
 
 
 def test_unused_parameters():
@@ -359,7 +365,7 @@ def test_unused_parameters():
     unused = [row.name for row in report.rows if "did not depend" in "".join(row.notes)]
     assert unused == ["unused"]
     assert (report["left"].uses, report["left"].calls) == (1, 1)
-    assert report["offset"].updated_by == "plain momentum"
+    assert report["offset"].updated_by == "AdamW"
 
 
 # Uses against calls.
@@ -582,6 +588,7 @@ def test_the_text_fits_and_names_every_row():
     for row in mixed()[1].report().rows:
         assert row.name in text
     assert "nothing: frozen" in text
+    assert "GRU: not registered; updated by AdamW" in text
 
 
 def test_the_share_is_not_rounded_up_to_all():

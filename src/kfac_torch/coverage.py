@@ -15,10 +15,12 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from .capture import uncompiled
 from .fisher_blocks import FisherBlock, FullyConnectedSeriesFB, KroneckerProductFB
 from .fisher_blocks.reduce import ReduceFB
 from .fisher_factors import DiagonalFactor, FisherFactor, InverseProvidingFactor
@@ -33,7 +35,7 @@ SMALL = 64 * 2**20
 WIDTH = 110
 """Of the table, in characters."""
 
-_OPTIMIZER = "up to the optimizer"
+_OPTIMIZER = "the optimizer"
 _FROZEN = "nothing: frozen"
 _HEAD = ("layer", "block", "factors", "share", "memory", "mult-adds", "refresh")
 _CAPS = (24, 18, 22, 6, 9, 11, 8)  # the widths of the columns
@@ -264,6 +266,41 @@ def coverage_report(
     )
 
 
+class Registered(Protocol):
+    """What is known of a model's registration."""
+
+    model: nn.Module
+    blocks: dict[str, FisherBlock]
+    use_watch: UseWatch
+
+    def is_excluded(self, param: Tensor) -> bool:
+        """Whether a parameter is another optimizer's."""
+        ...
+
+    def plain_rule(self, param: Tensor) -> str:
+        """Return the rule that moves a parameter while it has no block."""
+        ...
+
+
+class Reports:
+    """The method `report` of a collection of layers."""
+
+    def report(self: Registered) -> CoverageReport:
+        """Return what K-FAC does with every parameter of the model; prints as a table.
+
+        Known before any forward, and without making a factor. Once a backward has been
+        seen, also where a layer's parameters are used beside its calls.
+        """
+        model = uncompiled(self.model)
+        names = dict(model.named_parameters())
+        excluded = [name for name, p in names.items() if self.is_excluded(p)]
+        others = {name: _RULES[self.plain_rule(p)] for name, p in names.items()}
+        others |= dict.fromkeys(excluded, "another optimizer")
+        reasons = dict.fromkeys(excluded, "excluded")
+        return coverage_report(model, self.blocks, self.use_watch, others, reasons)
+
+
+_RULES = MappingProxyType({"adamw": "AdamW", "sgd": "plain momentum"})
 _UNUSED = "the network output of the first backward did not depend on it"
 _DIFFERENTIATED = (
     "the network is differentiated inside its own loss (create_graph=True): the factors "
@@ -420,7 +457,7 @@ def _other_row(row: OtherReport) -> Iterator[str]:
     what = f"no block {shape}"
     cells = (row.name, what, "", f"{row.share:.1%}", "", "", "")
     lines = list(_table_row(cells))
-    why = f"{row.reason}; {row.updated_by}" if row.trained else row.updated_by
+    why = f"{row.reason}; updated by {row.updated_by}" if row.trained else row.updated_by
     yield from lines
     yield from _wrapped(why, "    ")
 

@@ -8,18 +8,20 @@ model returns. Left out: layers found by looking at the graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
-from .coverage import CoverageReport, coverage_report
+from .coverage import Reports
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
+from .layer_choice import Choices
 from .loss_collection import LossCollection
+from .plain_updates import PLAIN_RULES
 from .size_limit import SizeLimit
 from .use_count import UseWatch, count_uses
 
@@ -28,7 +30,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class LayerCollection(DefaultApproximations, LossCollection):
+class LayerCollection(DefaultApproximations, LossCollection, Reports):
     """The blocks of a model by name, and its losses.
 
     Args:
@@ -71,6 +73,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self._linked: dict[frozenset[int], str | None] = {}
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
+        self._choices = Choices()
+        self.fallback = "adamw"
         # Shared modules and parameters are known by their first name.
         module = uncompiled(model)
         self._module_names = {id(m): name for name, m in module.named_modules()}
@@ -481,23 +485,23 @@ class LayerCollection(DefaultApproximations, LossCollection):
             factor = self._factors[key] = cls(*args)
         return factor
 
+    def is_excluded(self, param: Tensor) -> bool:
+        """Whether a parameter is another optimizer's."""
+        return self._param_names.get(id(param)) in self._choices.excluded
+
+    def is_chosen(self, name: str) -> bool:
+        """Whether the user said which rule moves a parameter."""
+        return self._choices.rule(name) is not None
+
+    def plain_rule(self, param: Tensor) -> str:
+        """Return the rule that moves a parameter while it has no block."""
+        chosen = self._choices.rule(self._param_names.get(id(param), ""))
+        return chosen or (self.fallback if self.fallback in PLAIN_RULES else "adamw")
+
     def describe(self, param: Tensor) -> str:
         """Return `parameter` and its name in the model."""
         name = self._param_names.get(id(param))
         return f"parameter {name}" if name else f"a tensor of shape {tuple(param.shape)}"
-
-    def report(self, others: Mapping[str, str] | None = None) -> CoverageReport:
-        """Return what K-FAC does with every parameter of the model; prints as a table.
-
-        Known before any forward, and without making a factor. Once a backward has been
-        seen, also where a layer's parameters are used beside its calls.
-
-        Args:
-            others: by name, what updates a parameter without a block.
-        """
-        return coverage_report(
-            uncompiled(self.model), self.blocks, self.use_watch, others or {}
-        )
 
     # Checks.
 
