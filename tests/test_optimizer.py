@@ -215,7 +215,10 @@ def test_a_layer_that_is_never_called_as_a_module_is_named():
 
     model = Functional()
     before = parameters(model)
-    with pytest.warns(UserWarning, match=r"plain momentum: b\.bias, b\.weight$"):
+    with (
+        pytest.warns(UserWarning, match=r"plain momentum: b\.bias, b\.weight$"),
+        pytest.warns(UserWarning, match=r"b \(1 uses, 0 recorded calls\)"),
+    ):
         train(model, make(model), [(torch.randn(6, 3), torch.randint(2, (6,)))])
     assert not any(
         torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
@@ -732,7 +735,8 @@ def test_a_gradient_penalty_is_no_data():
         a, b = (make(m, estimation_mode=mode) for m in (model, twin))
         double = x.detach().double().requires_grad_()
         train(model, a, [(double, y)])
-        train(twin, b, [(double, y)], penalised)
+        with pytest.warns(UserWarning, match="differentiated inside its own loss"):
+            train(twin, b, [(double, y)], penalised)
         a.close(), b.close()
         for block, other in zip(
             a.estimator.blocks.values(), b.estimator.blocks.values(), strict=True

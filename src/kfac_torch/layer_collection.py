@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
+from .coverage import Reports
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
@@ -22,11 +23,12 @@ from .plain_updates import PLAIN_RULES
 from .registration import Found, find_layers
 from .registration_checks import RegistrationChecks, as_list
 from .size_limit import SizeLimit
+from .use_count import UseWatch
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
 
 
-class LayerCollection(DefaultApproximations, RegistrationChecks):
+class LayerCollection(DefaultApproximations, RegistrationChecks, Reports):
     """The blocks of a model by name, and its losses.
 
     Args:
@@ -61,6 +63,7 @@ class LayerCollection(DefaultApproximations, RegistrationChecks):
             )
         DefaultApproximations.__init__(self)
         RegistrationChecks.__init__(self, model)
+        self.use_watch = UseWatch(self.blocks)
         self._options = options
         self._size_limit = size_limit
         self.left_alone: dict[str, str] = {}  # by auto_register_layers, and why

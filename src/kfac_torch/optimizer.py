@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import uncompiled
+from .coverage import CoverageReport
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .layer_collection import LayerCollection
@@ -214,6 +215,10 @@ class KFAC(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove every hook from the model."""
         self.estimator.close()
+
+    def report(self) -> CoverageReport:
+        """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
+        return self.estimator.layers.report()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.

@@ -137,12 +137,18 @@ class FullyConnectedSeriesFB(LinearFB, KroneckerProductFB):
         # The chain's moments have to be asked for before there are any moments.
         factors = self._make_factors()
         for factor, split in zip(factors, self._damping_funcs(), strict=True):
-            if self._option == 1:
-                factor.register_option1quants(split)
-            else:
-                factor.register_option2quants(split)
+            self._register_chain(factor, split)
             factor.instantiate_cov_variables()
         self._damping, self._factors = damping, factors
+
+    def _register_chain(self, factor: Any, damping: DampingFunc) -> None:
+        if self._option == 1:
+            factor.register_option1quants(damping)
+        else:
+            factor.register_option2quants(damping)
+
+    def _plan_inverse(self, factor: Any) -> None:
+        self._register_chain(factor, 0.0)
 
     def register_matpower(self, exp: float) -> None:
         """Ask for `F_λ⁻¹` to be kept; after `instantiate_factors`."""

@@ -57,6 +57,10 @@ class DiagonalFactor(FisherFactor, abc.ABC):
         """Return the sum of the diagonal, 0-dim."""
         return self._diagonal().sum()
 
+    def spectrum(self) -> Tensor:
+        """Return the entries of the diagonal, ascending."""
+        return self._stored_cov().flatten().sort()[0]
+
     def get_cov(self) -> Tensor:
         """Return the dense diagonal matrix; `get_cov_var()` is the diagonal alone.
 

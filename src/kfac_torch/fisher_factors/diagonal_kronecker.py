@@ -38,6 +38,10 @@ class DiagonalSideFactor(DiagonalFactor, abc.ABC):
         """Return the sum of the diagonal: 0-dim, or one for each group."""
         return self._diagonal().sum(-1)
 
+    def spectrum(self) -> Tensor:
+        """Return the entries of the diagonal, ascending: `[n]`, or `[groups, n]`."""
+        return self._stored_cov().sort(-1)[0]
+
     def get_cov(self) -> Tensor:
         """Return the dense diagonal matrix `[..., n, n]`; `get_cov_var()` is the diagonal.
 
@@ -255,6 +259,10 @@ class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):
         """`B`: the first dimension."""
         tensor = self._single(tensors)
         return tensor.shape[0] if tensor.dim() else 1
+
+    def moment_cost(self, rows: float) -> float:
+        """Return about how many additions the counts of `rows` ids take."""
+        return rows
 
 
 class DiagonalMultiKF(DiagonalKroneckerFactor):
