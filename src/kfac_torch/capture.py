@@ -8,7 +8,8 @@ output is held as its edge in the graph, which survives an in-place activation b
 (of a view, the output of a linear layer over tokens, by handing on another tensor).
 
 The root alone is hooked for good; layers are for the one forward that is recorded, so
-that other forwards cost nothing, and a compiled root runs that one uncompiled. Where
+that other forwards cost nothing, and a compiled root runs that one uncompiled. A fused layer,
+attention or an LSTM, computes by its parts then (`fused.py`), which are the calls. Where
 `keep_forwards` is set, what the root was called with is kept in `forwards` until
 their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
 `enabled()` is false, or under `functional_call`. The hooks hold the capture weakly: they
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .fused import ComputeByParts
+
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
 """What a layer is taken to be given, of the arguments of its call: `a`, a tensor; None
 for a call that is not to be recorded."""
@@ -45,10 +48,22 @@ class Layer:
     Args:
         modules: one, or several that share their parameters.
         read: what the layer is given, of the arguments of a call.
+        part: the linear map inside the modules that is meant, of those that `fused.py`
+            knows; the modules' calls themselves if None.
     """
 
     modules: tuple[nn.Module, ...]
     read: Reader = first_input
+    part: str | None = None
+
+
+@dataclass(eq=False)
+class _Fused:
+    """A module that is recorded by parts: their names, and what its running call entered."""
+
+    param: nn.Parameter | None
+    names: dict[str | None, str] = field(default_factory=dict)
+    running: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(eq=False)
@@ -178,7 +193,13 @@ class Capture:
             module: (name, layer.read, next(module.parameters(), None))
             for name, layer in layers.items()
             for module in layer.modules
+            if layer.part is None
         }
+        self._fused: dict[nn.Module, _Fused] = {}
+        for name, layer in layers.items():
+            for module in layer.modules if layer.part is not None else ():
+                param = next(module.parameters(), None)
+                self._fused.setdefault(module, _Fused(param)).names[layer.part] = name
         self._compiled = uncompiled(model) is not model
         handles = [param.register_hook(_ParamHook(self, param)) for param in watch_params]
         handles += [
@@ -209,6 +230,8 @@ class Capture:
         if training and self._enabled():
             self._tape = []
             self._watch_layers()
+            if model in self._fused:  # its own hooks for what comes first are running
+                self._enter(model)
         if training and self.keep_forwards and self._has_its_params():
             self._kept = RootCall(args, kwargs, random_state(_device(model)))
             self.forwards.append(self._kept)
@@ -221,6 +244,15 @@ class Capture:
                 _Hook(self, module, "_record"), prepend=True, with_kwargs=True
             )
             self._recording.callback(handle.remove)
+        for module, fused in self._fused.items():
+            self._recording.callback(fused.running.close)  # after an interrupt, say
+            for handle in (
+                module.register_forward_pre_hook(_Hook(self, module, "_enter")),
+                module.register_forward_hook(
+                    _Hook(self, module, "_leave"), prepend=True, always_call=True
+                ),
+            ):
+                self._recording.callback(handle.remove)
         if self._compiled:
             self._recording.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -228,7 +260,10 @@ class Capture:
         """Whether a call is one of the model's own, not one under `functional_call`."""
         return all(
             next(module.parameters(), None) is param
-            for module, (_, _, param) in self._layers.items()
+            for module, param in [
+                *((module, param) for module, (_, _, param) in self._layers.items()),
+                *((module, fused.param) for module, fused in self._fused.items()),
+            ]
         )
 
     def _record(
@@ -242,6 +277,21 @@ class Capture:
             return None
         a = read(module, args, kwargs)
         return self._write(name, a, output) if isinstance(a, Tensor) else None
+
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        """Let a module compute by parts, which are recorded, until `_leave`."""
+        fused = self._fused[module]
+        if self._tape is None or next(module.parameters(), None) is not fused.param:
+            return
+
+        def record(part: str, a: Tensor, s: Tensor) -> Tensor:
+            name = fused.names.get(part)
+            return s if name is None or not s.requires_grad else self._write(name, a, s)
+
+        fused.running.enter_context(ComputeByParts(record))
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._fused[module].running.close()
 
     def _write(self, name: str, a: Tensor, output: Tensor) -> Tensor:
         """Put a call on the tape; return the output to go on with."""

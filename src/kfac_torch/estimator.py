@@ -143,7 +143,7 @@ class FisherEstimator(BlockProducts):
         return Capture(
             self.layers.model,
             {
-                name: Layer(block.modules, block.call_input)
+                name: Layer(block.modules, block.call_input, block.part)
                 for name, block in self.blocks.items()
             },
             self._on_forward,

@@ -18,6 +18,11 @@ from .embedding import (
     EmbeddingKFACFB as EmbeddingKFACFB,
     EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,
 )
+from .fused import (
+    LinearMapFB as LinearMapFB,
+    LinearPart as LinearPart,
+    linear_parts as linear_parts,
+)
 from .kronecker import KroneckerProductFB as KroneckerProductFB
 from .linear import (
     FullyConnectedDiagonalFB as FullyConnectedDiagonalFB,
