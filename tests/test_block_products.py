@@ -13,6 +13,7 @@ from torch import nn
 from kfac_torch import fisher_blocks as fb
 from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_torch.fisher_factors import refresh_inverses
+from kfac_torch.size_limit import SizeLimit
 
 pytestmark = pytest.mark.usefixtures("float64")
 DAMPING = 0.3
@@ -31,6 +32,7 @@ def layer(kind, make, inputs, outputs, *rest, **kwargs):
 
 
 LINEAR = (6, 4, 3), (6, 4, 2)
+LINEAR_OUT = ((6, 4, 3),)
 CONV = (6, 2, 4, 5), (6, 3, 2, 4)
 GROUPED = (6, 4, 4, 5), (6, 6, 2, 4)
 DEPTHWISE = (6, 2, 4, 5), (6, 4, 2, 4)
@@ -40,6 +42,10 @@ IDS = ("ids", 6, 2), (6, 2, 3)
 SERIES = (6, 4, 3), (6, 4, 2)
 BOTH = {"diagonal_approx_for_input": True, "diagonal_approx_for_output": True}
 INPUT = {"diagonal_approx_for_input": True}
+
+
+SPLIT, LOW_RANK = SizeLimit(2), SizeLimit(2, above="low_rank", rank=1)
+DIAGONAL = SizeLimit(1, above="diagonal")
 
 
 def linear():
@@ -70,6 +76,10 @@ def embedding():
     return nn.Embedding(5, 3)
 
 
+def linear_map(module, index=0, **kwargs):
+    return fb.LinearMapFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
+
+
 def params():
     return [nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(()))]
 
@@ -83,7 +93,79 @@ CASES = {
         fb.FullyConnectedMultiIndepFB, linear, *LINEAR, **BOTH
     ),
     "linear diagonal": layer(fb.FullyConnectedDiagonalFB, linear, *LINEAR),
+    "linear, split": layer(
+        fb.FullyConnectedKFACBasicFB,
+        lambda: nn.Linear(4, 3),  # blocks of 2, 2, 1 and of 2, 1
+        (6, 4, 4),
+        (6, 4, 3),
+        size_limit=SPLIT,
+    ),
+    "linear, low rank": layer(
+        fb.FullyConnectedKFACBasicFB,
+        lambda: nn.Linear(6, 5),
+        (6, 4, 6),
+        (6, 4, 5),
+        (-1, -0.5, 0.5, 2, 1),
+        False,
+        size_limit=LOW_RANK,
+    ),
+    "linear, several uses, split": layer(
+        fb.FullyConnectedMultiIndepFB, linear, *LINEAR, size_limit=SPLIT
+    ),
     "conv": layer(fb.ConvKFCBasicFB, conv, *CONV),
+    "conv, split": layer(  # blocks of 2 channels and of 1, with a bias; of 3 and of 2
+        fb.ConvKFCBasicFB,
+        lambda: nn.Conv2d(3, 15, 1),
+        (6, 3, 2, 4),
+        (6, 15, 2, 4),
+        size_limit=SizeLimit(2),
+    ),
+    "conv, split, groups": layer(
+        fb.ConvKFCBasicFB,
+        lambda: nn.Conv2d(6, 6, (2, 1), groups=2),
+        (6, 6, 3, 4),
+        (6, 6, 2, 4),
+        size_limit=SizeLimit(4),
+    ),
+    "conv, split, groups of outputs": layer(
+        fb.ConvKFCBasicFB,
+        lambda: nn.Conv2d(6, 6, (2, 1), groups=2, bias=False),
+        (6, 6, 3, 4),
+        (6, 6, 2, 4),
+        size_limit=SPLIT,
+    ),
+    "conv, large kernel": layer(  # a diagonal: one channel is larger than a block
+        fb.ConvKFCBasicFB, conv, *CONV, size_limit=SizeLimit(5)
+    ),
+    "conv, diagonal sides": layer(fb.ConvKFCBasicFB, conv, *CONV, size_limit=DIAGONAL),
+    "conv, diagonal sides, groups": layer(
+        fb.ConvKFCBasicFB, grouped, *GROUPED, size_limit=DIAGONAL
+    ),
+    "conv, low rank": layer(
+        fb.ConvKFCBasicFB,
+        conv,
+        *CONV,
+        (-1, -0.5, 0.5, 2, 1),
+        False,
+        size_limit=LOW_RANK,
+    ),
+    "conv, low rank, groups": layer(
+        fb.ConvKFCBasicFB,
+        grouped,
+        *GROUPED,
+        (-1, 0.5, 1),
+        False,
+        size_limit=LOW_RANK,
+    ),
+    "conv, uncorrelated locations, split": layer(
+        fb.ConvKFCBasicFB,
+        conv,
+        *CONV,
+        (-1, 1),
+        False,
+        sua_approx_for_input=True,
+        size_limit=SPLIT,
+    ),
     "conv, groups": layer(fb.ConvKFCBasicFB, grouped, *GROUPED),
     "conv, uncorrelated locations": layer(
         fb.ConvKFCBasicFB, conv, *CONV, (-1, 1), False, sua_approx_for_input=True
@@ -118,6 +200,7 @@ CASES = {
     "embedding, both diagonal": layer(
         fb.EmbeddingKFACFB, embedding, *IDS, diagonal_approx_for_output=True
     ),
+    "embedding, split": layer(fb.EmbeddingKFACFB, embedding, *IDS, size_limit=SPLIT),
     "embedding, several calls": Case(
         lambda: fb.EmbeddingKFACMultiIndepFB(embedding(), "layer"),
         IDS[:1] * 2,
@@ -129,6 +212,9 @@ CASES = {
     "scale and shift diagonal": layer(
         fb.ScaleAndShiftDiagonalFB, lambda: nn.GroupNorm(1, 3), (6, 3, 4), (6, 3, 4)
     ),
+    "scale and shift, large": layer(
+        fb.ScaleAndShiftFullFB, lambda: nn.LayerNorm(3), (6, 3), (6, 3), size_limit=SPLIT
+    ),
     "full": Case(lambda: fb.FullFB(params(), "layer"), (), ((2, 2), ())),
     "naive diagonal": Case(lambda: fb.NaiveDiagonalFB(params(), "layer"), (), ((2, 2), ())),
     "series, option 1": layer(
@@ -136,6 +222,25 @@ CASES = {
     ),
     "series, option 2": layer(
         fb.FullyConnectedSeriesFB, linear, *SERIES, (-1,), False, option=2, time_dim=1
+    ),
+    "map of a cell": Case(lambda: linear_map(nn.GRUCell(3, 1)), LINEAR[:1], LINEAR_OUT[:1]),
+    "map of a cell, several calls, both diagonal": Case(
+        lambda: linear_map(nn.GRUCell(3, 1), **BOTH), LINEAR[:1] * 3, LINEAR_OUT * 3
+    ),
+    "maps of attention": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+    ),
+    "maps of attention, several calls": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)) * 2,
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)) * 2,
+    ),
+    "bias of separate maps": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1, kdim=3), 3),
+        ((6, 3, 1), (6, 5, 1), (6, 5, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
     ),
 }
 EXPS = [(name, exp) for name, case in CASES.items() for exp in case.exps]
@@ -246,7 +351,7 @@ def test_cholesky_factors(name):
     close(L(inverse(V)), V)
     close(inverse(L(V, transpose=True), transpose=True), V)
     # Triangular: what L makes of the last coordinate is there alone.
-    last = torch.zeros_like(V)
+    last = V.new_zeros(V.shape)
     last.view(-1)[-1] = 1
     assert L(last).count_nonzero() == 1
 
@@ -255,13 +360,13 @@ def test_cholesky_factors(name):
 def test_what_a_block_does_not_have(name):
     block = CASES[name].make()
     block.instantiate_factors(DAMPING)
-    for early in (
-        block.register_cholesky,
-        block.register_cholesky_inverse,
-        lambda: block.register_matpower(-0.5),
-    ):
-        with pytest.raises(NotImplementedError, match=r"layer.*exp=-1"):
-            early()
+    powers = -0.5 in CASES[name].exps or 0.5 in CASES[name].exps
+    message = "powers 0.5 and -0.5" if powers else "exp=-1"
+    early = [block.register_cholesky, block.register_cholesky_inverse]
+    early += [] if powers else [lambda: block.register_matpower(-0.5)]
+    for register in early:
+        with pytest.raises(NotImplementedError, match=rf"layer.*{message}"):
+            register()
     if "series" in name:
         block = ready(name)
         V = vector_for(block)
@@ -372,7 +477,11 @@ def test_sources_add_up(name):
         close(both[0].cov, one[0].cov)
 
 
-@pytest.mark.parametrize("name", ["conv, groups", "depthwise", "conv transpose, groups"])
+GROUPS = ["conv, groups", "depthwise", "conv, split, groups", "conv transpose, groups"]
+GROUPS += ["conv, diagonal sides, groups", "conv, low rank, groups"]
+
+
+@pytest.mark.parametrize("name", GROUPS)
 def test_pi_is_that_of_each_group(name):
     """Scaling one group's gradients moves the damping of that group alone."""
     case = CASES[name]

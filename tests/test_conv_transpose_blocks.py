@@ -48,7 +48,7 @@ def test_the_layer_is_a_plain_convolution_of_the_stuffed_input(seed):
         x, z.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
     )
     block = fb.ConvTransposeDiagonalFB(layer, "up")
-    assert torch.equal(block.call_input(x, z.shape), stuffed)
+    assert torch.equal(block.prepare_input(x, z.shape), stuffed)
     # The kernel of the plain convolution [out, in/groups, *kernel], by the block's vec.
     V = block.params_to_vector(block.params)
     rows = V[:-1] if block.has_bias else V

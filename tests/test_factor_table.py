@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from kfac_torch import fisher_factors as ff
 from kfac_torch.fisher_factors import FactorOptions, refresh_inverses
+from kfac_torch.fisher_factors.low_rank import sketch_matrix
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -20,6 +21,7 @@ class Case(NamedTuple):
     moment: Callable  # entry -> what new_cov should be
     shared: int = 0  # how many tensors of the entry all sources have in common
     towers: bool = True  # whether there may be several
+    identity: torch.Tensor | None = None  # how it is stored, if neither matrix nor diagonal
 
 
 def outer(rows):
@@ -340,7 +342,139 @@ SUA = Case(
     lambda x: outer(with_ones(x.reshape(-1, 3))),
 )
 
+
+def blocks(C, features):
+    """The blocks of a matrix with these features, padded with zeros at their ends."""
+    width = max(map(len, features))
+    stack = C.new_zeros(len(features), width, width)
+    for block, some in zip(stack, features, strict=True):
+        block[: len(some), : len(some)] = C[some][:, some]
+    return stack
+
+
+def split(has_bias):
+    whole = fully_connected(has_bias)
+    features = [[0, 1], [2, 3]] if has_bias else [[0, 1], [2]]
+    return whole._replace(
+        make=lambda entries, **options: ff.SplitKroneckerFactor(
+            entries, has_bias, max_size=2, **options
+        ),
+        moment=lambda x: blocks(whole.moment(x), features),
+        identity=blocks(torch.eye(4, dtype=torch.float64), features),
+    )
+
+
+def conv_input_of(kind, conv, has_bias, mask=None, **kwargs):
+    return lambda entries, **options: kind(
+        entries[0], conv.filter_shape, conv.padding, conv.stride, conv.dilation,
+        conv.data_format, has_bias=has_bias, groups=conv.groups, **kwargs,
+        **({} if mask is None else {"patch_mask": mask}), **options,
+    )  # fmt: skip
+
+
+def each(function, C):
+    """A function of a matrix, of each of a stack."""
+    return torch.stack(list(map(function, C))) if C.dim() == 3 else function(C)
+
+
+def conv_input_split(conv, has_bias, max_size, channels, mask=None):
+    """`channels` of each block."""
+    whole = conv_input(conv, has_bias, mask)
+    offsets, C = torch.Size(conv.kernel).numel(), conv.channels
+    step, across = (C, 1) if conv.last else (1, offsets)
+    features = [
+        sorted(u * step + c * across for u in range(offsets) for c in some)
+        for some in channels
+    ]
+    features[-1] += [offsets * C] * has_bias
+    of_eye = blocks(torch.eye(offsets * C + 1, dtype=torch.float64), features)
+    return whole._replace(
+        make=conv_input_of(
+            ff.ConvInputSplitKroneckerFactor, conv, has_bias, mask, max_size=max_size
+        ),
+        moment=lambda x: each(lambda A: blocks(A, features), whole.moment(x)),
+        identity=of_eye if conv.groups == 1 else torch.stack([of_eye] * conv.groups),
+    )
+
+
+def conv_input_diagonal(conv, has_bias):
+    whole = conv_input(conv, has_bias)
+    return whole._replace(
+        make=conv_input_of(ff.ConvInputDiagonalKroneckerFactor, conv, has_bias),
+        moment=lambda x: whole.moment(x).diagonal(dim1=-2, dim2=-1),
+    )
+
+
+def conv_output_side(kind, last, moment, **kwargs):
+    whole = conv_output(last)
+    return whole._replace(
+        make=lambda entries, **options: kind(
+            entries, "NHWC" if last else "NCHW", **kwargs, **options
+        ),
+        moment=lambda g: moment(whole.moment(g)),
+    )
+
+
+def sketch(C, rank=1):
+    omega = sketch_matrix(C.shape[-1], rank, torch.float64)
+    last = C.new_zeros(*C.shape[:-2], 1, omega.shape[1])
+    last[..., 0, 0] = C.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.cat([C @ omega, last], -2)
+
+
+def low_rank(has_bias):
+    whole = fully_connected(has_bias)
+    return whole._replace(
+        make=lambda entries, **options: ff.LowRankKroneckerFactor(
+            entries, has_bias, rank=1, **options
+        ),
+        moment=lambda x: sketch(whole.moment(x)),
+        identity=sketch(torch.eye(3 + has_bias, dtype=torch.float64)),
+    )
+
+
+def conv_input_low_rank(conv, has_bias):
+    whole = conv_input(conv, has_bias)
+    n = torch.Size(conv.kernel).numel() * conv.channels + has_bias
+    eye = torch.eye(n, dtype=torch.float64)
+    return whole._replace(
+        make=conv_input_of(ff.ConvInputLowRankKroneckerFactor, conv, has_bias, rank=1),
+        moment=lambda x: sketch(whole.moment(x)),
+        identity=sketch(eye if conv.groups == 1 else eye.expand(conv.groups, n, n)),
+    )
+
+
+SPLIT_FIRST = CONV2_FIRST._replace(channels=3, out_channels=2)
+
 CASES = {
+    "split": split(False),
+    "split, bias": split(True),
+    "conv input split 2d": conv_input_split(
+        CONV2._replace(channels=3), True, 12, [[0, 1], [2]]
+    ),
+    "conv input split 1d, mask": conv_input_split(CONV1, False, 3, [[0], [1]], MASK),
+    "conv input split 2d, groups": conv_input_split(SPLIT_FIRST, True, 12, [[0, 1], [2]]),
+    "conv input split 3d": conv_input_split(
+        CONV3._replace(channels=2), True, 5, [[0], [1]]
+    ),
+    "conv output split": conv_output_side(
+        ff.ConvOutputSplitKroneckerFactor,
+        True,
+        lambda G: blocks(G, [[0, 1], [2]]),
+        max_size=2,
+    )._replace(identity=blocks(torch.eye(3, dtype=torch.float64), [[0, 1], [2]])),
+    "conv input diagonal side": conv_input_diagonal(CONV2, True),
+    "conv input diagonal side, groups": conv_input_diagonal(CONV2_FIRST, True),
+    "conv output diagonal side": conv_output_side(
+        ff.ConvOutputDiagonalKroneckerFactor, False, lambda G: G.diagonal()
+    ),
+    "low rank": low_rank(False),
+    "low rank, bias": low_rank(True),
+    "conv input low rank": conv_input_low_rank(CONV2, True),
+    "conv input low rank, groups": conv_input_low_rank(CONV2_FIRST, False),
+    "conv output low rank": conv_output_side(
+        ff.ConvOutputLowRankKroneckerFactor, False, sketch, rank=1
+    )._replace(identity=sketch(torch.eye(3, dtype=torch.float64))),
     "fully connected": fully_connected(False),
     "fully connected, bias": fully_connected(True),
     "conv input 1d": conv_input(CONV1, True),
@@ -441,8 +575,12 @@ def test_moving_average_from_the_identity(case):
     factor = ready(case, options=FactorOptions(initial="identity"))
     shape = factor.state_dict()["cov"].shape
     diagonal = isinstance(factor, ff.DiagonalFactor)
-    n = shape[-1]
-    identity = torch.ones(shape) if diagonal else torch.eye(n).expand(shape).clone()
+    if case.identity is not None:
+        identity = case.identity
+    else:
+        identity = torch.ones(shape) if diagonal else torch.eye(shape[-1]).repeat(
+            *shape[:-2], 1, 1
+        )  # fmt: skip
     if isinstance(factor, ff.FullyConnectedMultiKF | ff.ConvInputMultiKF):
         identity[1] = 0  # the lag starts at zero
     close(factor.state_dict()["cov"], identity)
@@ -479,6 +617,13 @@ def test_inverse_against_the_dense_matrix(case):
     n = factor.cov_dim
     assert C.shape[-1] == n
     if C.dim() == 3:
+        x = torch.randn(len(C), n, 3)
+        damped = C + 0.3 * torch.eye(n)
+        close(factor.left_multiply_matpower(x, -1, 0.3), torch.linalg.solve(damped, x))
+        product = factor.right_multiply_matpower(x.mT, -1, 0.3)
+        close(product, torch.linalg.solve(damped, x).mT)
+        if isinstance(factor, ff.DiagonalFactor):
+            return
         close(factor.get_inverse(0.3), torch.linalg.inv(C + 0.3 * torch.eye(n)))
         return
     shape = factor.get_cov_var().shape
@@ -620,3 +765,25 @@ def test_a_dimension_that_scale_and_shift_are_broadcast_over_may_have_any_size()
     own = CASES["scale and shift, own dims"]  # here the scale has that dimension
     with pytest.raises(ValueError, match=r"of one shape \(N, 2, 3\), got"):
         ready(own).new_cov([[other]])
+
+
+DESCRIPTIONS = {
+    "fully connected, bias": "full 4",
+    "conv input 2d, groups": "2 x full 13",
+    "split": "split 2x2 of 3",
+    "split, bias": "split 2x2",
+    "conv input split 2d, groups": "2 x split 2x12 of 19",
+    "conv input diagonal side, groups": "2 x diagonal 13",
+    "fully connected diagonal, bias": "diagonal 8",
+    "embedding": "diagonal 5",
+    "low rank, bias": "low rank 1 of 4",
+    "conv input low rank, groups": "2 x low rank 1 of 12",
+    "multi-use, folded": "full 3",
+    "scale and shift": "full 6",
+    "uncorrelated locations": "uncorrelated locations 3 of 13",
+}
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_how_a_factor_is_kept_in_words(name):
+    assert ready(CASES[name]).describe() == DESCRIPTIONS[name]

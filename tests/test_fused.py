@@ -43,7 +43,7 @@ def assert_same(actual, expected):
     assert type(out) is type(out0)
     assert len(tensors(out)) == len(tensors(out0))
     for one, two in zip(tensors(out), tensors(out0), strict=True):
-        assert one.shape == two.shape and one.dtype == two.dtype
+        assert (one.shape, one.dtype) == (two.shape, two.dtype)
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     for one, two in zip(grads, grads0, strict=True):
         assert (one is None) == (two is None)
@@ -194,7 +194,9 @@ def recurrent(kind, options, state, packed):
 def test_recurrent_layers_are_the_same(kind, options, state, packed):
     module, args = recurrent(kind, options, state, packed)
     rows = dict.fromkeys(
-        name.removeprefix("weight_") for name, p in module.named_parameters() if p.dim() == 2
+        name.removeprefix("weight_")
+        for name, p in module.named_parameters()
+        if p.dim() == 2
     )
     rows = dict.fromkeys(rows, 0)
 

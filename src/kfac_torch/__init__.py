@@ -7,6 +7,7 @@ from . import (
     loss_functions as loss_functions,
     patch_moments as patch_moments,
 )
+from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
     CurvatureMatrixVectorProductComputer as CurvatureMatrixVectorProductComputer,
 )
@@ -15,6 +16,7 @@ from .estimator import FisherEstimator as FisherEstimator
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
 from .options import QModel as QModel
+from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
     "KFAC",
@@ -23,6 +25,8 @@ __all__ = (
     "LayerCollection",
     "LevenbergMarquardt",
     "QModel",
+    "SizeLimit",
+    "check_curvature",
     "curvature_products",
     "fisher_blocks",
     "fisher_factors",

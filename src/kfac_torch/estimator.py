@@ -142,10 +142,7 @@ class FisherEstimator(BlockProducts):
         empirical = self._mode == "empirical"
         return Capture(
             self.layers.model,
-            {
-                name: Layer(block.modules, block.call_input, block.part)
-                for name, block in self.blocks.items()
-            },
+            {name: block_layer(block) for name, block in self.blocks.items()},
             self._on_forward,
             lambda: self.collecting,
             watch_grads=empirical,
@@ -561,6 +558,11 @@ class FisherEstimator(BlockProducts):
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
+
+
+def block_layer(block: FisherBlock) -> Layer:
+    """Return what the capture has to record for a block."""
+    return Layer(block.modules, block.call_input, block.part)
 
 
 def _update_inverse(block: FisherBlock, index: int) -> None:

@@ -30,7 +30,7 @@ Record: TypeAlias = "Callable[[str, Tensor, Tensor], Tensor]"
 """Takes a part, its input and its output; returns the output to go on with."""
 
 State: TypeAlias = "tuple[Tensor, ...]"
-"""What a recurrent layer carries from step to step, `[B, hidden]` each: `(h,)`, `(h, c)`."""
+"""What a recurrent layer carries from step to step: `(h,)` or `(h, c)`, `[B, hidden]`."""
 
 
 class ComputeByParts(TorchFunctionMode):
@@ -62,14 +62,12 @@ class ComputeByParts(TorchFunctionMode):
 
 # Attention.
 
-_ATTENTION = inspect.signature(F.multi_head_attention_forward)
-
 
 def _attention(record: Record, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Project before and after; in between torch's own function, whose projections are
     by the identity, which changes no number.
     """
-    call = _ATTENTION.bind(*args, **kwargs)
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     out = given["out_proj_weight"], given["out_proj_bias"]

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .approximations import APPROXIMATIONS, DefaultApproximations
+from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
+from .fused_registration import FUSED_LAYERS, FusedRegistration
 from .loss_collection import LossCollection
+from .size_limit import SizeLimit
 from .use_count import count_uses
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
@@ -26,12 +28,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class LayerCollection(DefaultApproximations, LossCollection):
+class LayerCollection(FusedRegistration, DefaultApproximations, LossCollection):
     """The blocks of a model by name, and its losses.
 
     Args:
         model: the root module, whose forward returns what the losses are of.
         options: of all factors.
+        size_limit: what sides of Kronecker products become above a size, in every layer
+            registered; None for none.
 
     Raises:
         TypeError: `model` is no module.
@@ -46,7 +50,12 @@ class LayerCollection(DefaultApproximations, LossCollection):
     >>> layers.check_registration()
     """
 
-    def __init__(self, model: nn.Module, options: FactorOptions = FactorOptions()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: FactorOptions = FactorOptions(),
+        size_limit: SizeLimit | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "model: expected the root module itself, whose forwards are watched, got "
@@ -57,6 +66,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self.model = model
         self.blocks: dict[str, FisherBlock] = {}
         self._options = options
+        self._size_limit = size_limit
         self._linked: dict[frozenset[int], str | None] = {}
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
@@ -171,6 +181,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
         first = layers[0]
         params = frozenset(id(p) for p in first.parameters() if p.requires_grad)
         approx = self._choose(kind, approx, params, name or known or "model")
+        if self._size_limit is not None and takes_size_limit(kind, approx):
+            kwargs["size_limit"] = self._size_limit
         block = APPROXIMATIONS[kind][approx](
             module, name or known or "model", options=self._options, **kwargs
         )
@@ -399,6 +411,9 @@ class LayerCollection(DefaultApproximations, LossCollection):
         )
         taken = {id(param) for param in self.registered_variables}
         for module in root.modules():
+            if type(module) in FUSED_LAYERS:
+                self._register_if_free(module, owners, taken)
+                continue
             weight = getattr(module, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 continue

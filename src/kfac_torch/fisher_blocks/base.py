@@ -97,11 +97,21 @@ class FisherBlock(abc.ABC):
     def release_factors(self) -> None:
         """Undo `instantiate_factors`."""
         self._factors = ()
+        self.num_locations, self._weight = 1.0, 0.0
 
     @property
     def factors(self) -> Sequence[Any]:
         """The factors; empty before `instantiate_factors`."""
         return self._factors
+
+    @property
+    def factor_sizes(self) -> list[str]:
+        """How each factor is kept and its size, as in `["full 513", "split 8x128"]`.
+
+        Raises:
+            RuntimeError: before `instantiate_factors`.
+        """
+        return [factor.describe() for factor in self._instantiated()]
 
     def _instantiated(self) -> tuple[Any, ...]:
         if not self._factors:

@@ -11,6 +11,7 @@ The diagonal is exact: the mean over examples of the squared gradient of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 from ..fisher_factors import (
     ConvDiagonalFactor,
-    ConvInputKroneckerFactor,
     ConvInputSUAKroneckerFactor,
-    ConvOutputKroneckerFactor,
     FactorOptions,
 )
+from ..size_limit import SizeLimit
 from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
 from .layer import LayerFactorFB, LayerFB
+from .sides import conv_input_side, conv_output_side
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -58,7 +59,9 @@ class ConvKFCBasicFB(ConvFB, KroneckerProductFB):
         module: the layer, or several that share all their parameters.
         name: of the layer, for messages and checkpoints.
         options: of the factors.
-        sua_approx_for_input: take activations as spatially uncorrelated (Theorem 4).
+        sua_approx_for_input: take activations as spatially uncorrelated (Theorem 4); that
+            side stays as it is whatever its size.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -81,7 +84,9 @@ class ConvKFCBasicFB(ConvFB, KroneckerProductFB):
         options: FactorOptions = FactorOptions(),
         *,
         sua_approx_for_input: bool = False,
+        size_limit: SizeLimit | None = None,
     ) -> None:
+        self.size_limit = size_limit
         super().__init__(module, name, options)
         self.groups = self.module.groups
         self._sua = sua_approx_for_input
@@ -108,7 +113,11 @@ class ConvKFCBasicFB(ConvFB, KroneckerProductFB):
                 **common,
             )
         else:
-            A = ConvInputKroneckerFactor(
+            num_offsets = math.prod(conv.kernel_size)
+            kind, extra = conv_input_side(
+                conv.in_channels // conv.groups, num_offsets, self.has_bias, self.size_limit
+            )
+            A = kind(
                 [no_data(name)],
                 self._filter_shape(),
                 self._padding(),
@@ -119,14 +128,18 @@ class ConvKFCBasicFB(ConvFB, KroneckerProductFB):
                 padding_mode=conv.padding_mode,
                 groups=conv.groups,
                 name=name,
+                **extra,
                 **common,
             )
-        G = ConvOutputKroneckerFactor(
+        out_channels = conv.out_channels // conv.groups
+        kind, extra = conv_output_side(out_channels, self.size_limit)
+        G = kind(
             [[no_data(f"{self.name}.output")]],
             data_format(conv),
             num_channels=conv.out_channels,
             groups=conv.groups,
             name=f"{self.name}.output",
+            **extra,
             **common,
         )
         return A, G
@@ -202,6 +215,7 @@ class DepthwiseConvKFCBasicFB(ConvKFCBasicFB):
         module: the layer, with as many groups as input channels.
         name: of the layer, for messages and checkpoints.
         options: of the factors.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -217,15 +231,17 @@ class DepthwiseConvKFCBasicFB(ConvKFCBasicFB):
         module: nn.Module,
         name: str | None = None,
         options: FactorOptions = FactorOptions(),
+        *,
+        size_limit: SizeLimit | None = None,
     ) -> None:
-        super().__init__(module, name, options)
+        super().__init__(module, name, options, size_limit=size_limit)
         _check_depthwise(self.module, self.name)
 
 
 class DepthwiseConvDiagonalFB(ConvDiagonalFB):
     """The exact diagonal of a depthwise convolution's block.
 
-    Arguments and errors as `DepthwiseConvKFCBasicFB`.
+    Arguments and errors as `DepthwiseConvKFCBasicFB`, without `size_limit`.
 
     >>> block = DepthwiseConvDiagonalFB(nn.Conv2d(2, 6, 3, groups=2))
     >>> block.instantiate_factors(damping=0.1)

@@ -108,6 +108,7 @@ class ConvTransposeKFCFB(ConvTransposeFB, ConvKFCBasicFB):
         module: the layer, or several that share all their parameters.
         name: of the layer, for messages and checkpoints.
         options: of the factors.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -126,8 +127,10 @@ class ConvTransposeKFCFB(ConvTransposeFB, ConvKFCBasicFB):
         module: nn.Module | Sequence[nn.Module],
         name: str | None = None,
         options: FactorOptions = FactorOptions(),
+        *,
+        size_limit: SizeLimit | None = None,
     ) -> None:
-        super().__init__(module, name, options)
+        super().__init__(module, name, options, size_limit=size_limit)
 
 
 class ConvTransposeDiagonalFB(ConvTransposeFB, ConvDiagonalFB):

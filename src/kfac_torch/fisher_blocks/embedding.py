@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher_factors import EmbeddingInputKroneckerFactor, FactorOptions
+from ..size_limit import SizeLimit
 from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
-from .linear import make_side
+from .sides import make_side
 
 
 class EmbeddingKFACFB(KroneckerProductFB):
@@ -32,6 +33,7 @@ class EmbeddingKFACFB(KroneckerProductFB):
         name: of the layer, for messages and checkpoints.
         options: of the factors.
         diagonal_approx_for_output: keep the diagonal of `G` alone.
+        size_limit: what an output side above a size becomes; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -55,8 +57,10 @@ class EmbeddingKFACFB(KroneckerProductFB):
         options: FactorOptions = FactorOptions(),
         *,
         diagonal_approx_for_output: bool = False,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         self._diagonal_output = diagonal_approx_for_output
+        self.size_limit = size_limit
         super().__init__(module, name, options)
 
     def _make_factors(self) -> tuple[Any, Any]:

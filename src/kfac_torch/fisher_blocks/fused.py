@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher_factors import FactorOptions, FullyConnectedKroneckerFactor
+from ..size_limit import SizeLimit
 from .base import FisherBlock, accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
 from .layer import layer_to_vector
-from .linear import make_side
+from .sides import make_side
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class LinearMapFB(KroneckerProductFB):
         options: of the factors.
         diagonal_approx_for_input: keep the diagonal of `A` alone.
         diagonal_approx_for_output: keep the diagonal of `G` alone.
+        size_limit: what sides above a size become; None for none. With groups they stay
+            as they are whatever their size.
 
     Raises:
         NotImplementedError: a diagonal side with groups.
@@ -90,10 +93,12 @@ class LinearMapFB(KroneckerProductFB):
         *,
         diagonal_approx_for_input: bool = False,
         diagonal_approx_for_output: bool = False,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         name = name or part.name
         FisherBlock.__init__(self, part.params, (module,), name, options)
         self.module = module
+        self.size_limit = size_limit
         self.part = part.name
         self.groups = part.groups
         self.has_bias = part.bias is not None
@@ -163,7 +168,9 @@ class LinearMapFB(KroneckerProductFB):
         if self.groups == 1:
             return [cov]
         total = sum(g.shape[1] for g in rows)
-        return [torch.stack([C * (g.shape[1] / total) for C, g in zip(cov, rows, strict=True)])]
+        return [
+            torch.stack([C * (g.shape[1] / total) for C, g in zip(cov, rows, strict=True)])
+        ]
 
     # Products.
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..damping import PackagedFunc, compute_pi, evaluate_damping, normalize_damping
+from ..size_limit import SizeLimit
 from .layer import LayerFB
 
 
@@ -36,6 +37,9 @@ class KroneckerProductFB(LayerFB):
     Raises:
         RuntimeError: use before `instantiate_factors`.
     """
+
+    size_limit: SizeLimit | None = None
+    """Up to which size a side is a full matrix, and what then; None for any size."""
 
     @abc.abstractmethod
     def _make_factors(self) -> tuple[Any, Any]:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher_factors import (
-    DiagonalKroneckerFactor,
     FactorOptions,
     FullyConnectedDiagonalFactor,
-    FullyConnectedKroneckerFactor,
 )
+from ..size_limit import SizeLimit
 from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
 from .layer import LayerFactorFB
+from .sides import make_side
 
 
 class FullyConnectedKFACBasicFB(KroneckerProductFB):
@@ -38,6 +38,7 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         options: of the factors.
         diagonal_approx_for_input: keep the diagonal of `A` alone.
         diagonal_approx_for_output: keep the diagonal of `G` alone.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -63,8 +64,10 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         *,
         diagonal_approx_for_input: bool = False,
         diagonal_approx_for_output: bool = False,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         self._diagonal_sides = (diagonal_approx_for_input, diagonal_approx_for_output)
+        self.size_limit = size_limit
         super().__init__(module, name, options)
 
     def _make_factors(self) -> tuple[Any, Any]:
@@ -77,23 +80,6 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
             )
         )
         return A, G
-
-
-def make_side(
-    diagonal: bool, size: int, has_bias: bool, block: KroneckerProductFB, side: str
-) -> Any:
-    """Make the factor of rows with `size` features, for one side of a block."""
-    name, weight = f"{block.name}.{side}", block.params[0]
-    kind = DiagonalKroneckerFactor if diagonal else FullyConnectedKroneckerFactor
-    return kind(
-        [[no_data(name)]],
-        has_bias,
-        size=size,
-        name=name,
-        options=block.options,
-        dtype=accumulation_dtype(weight),
-        device=weight.device,
-    )
 
 
 class FullyConnectedDiagonalFB(LayerFactorFB):

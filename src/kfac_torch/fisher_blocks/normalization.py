@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..fisher_factors import ScaleAndShiftDiagonalFactor, ScaleAndShiftFullFactor
+from ..fisher_factors import (
+    FactorOptions,
+    ScaleAndShiftDiagonalFactor,
+    ScaleAndShiftFullFactor,
+)
+from ..size_limit import SizeLimit, form_of
 from .base import accumulation_dtype, no_data
 from .layer import LayerFactorFB
 
@@ -24,7 +29,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class _ScaleAndShiftFB(LayerFactorFB):
+class ScaleAndShiftFB(LayerFactorFB):
     """The two blocks of a scale and a shift; `V` is a column `[n, 1]` (abstract).
 
     Args:
@@ -92,8 +97,18 @@ class _ScaleAndShiftFB(LayerFactorFB):
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
 
-class ScaleAndShiftFullFB(_ScaleAndShiftFB):
+class ScaleAndShiftFullFB(ScaleAndShiftFB):
     """The full block of a scale and a shift.
+
+    Args:
+        module: the layer, or several that share all their parameters.
+        name: of the layer, for messages and checkpoints.
+        options: of the factors.
+        size_limit: above its `max_size` of parameters the block is a diagonal; None for
+            none.
+
+    Raises:
+        TypeError, ValueError: as `ScaleAndShiftDiagonalFB`.
 
     >>> block = ScaleAndShiftFullFB(nn.LayerNorm(3))
     >>> block.instantiate_factors(damping=0.1)
@@ -105,8 +120,21 @@ class ScaleAndShiftFullFB(_ScaleAndShiftFB):
 
     factor_type = ScaleAndShiftFullFactor
 
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        name: str | None = None,
+        options: FactorOptions = FactorOptions(),
+        *,
+        size_limit: SizeLimit | None = None,
+    ) -> None:
+        super().__init__(module, name, options)
+        size = sum(param.numel() for param in self.params)
+        if form_of(size_limit, size) != "full":
+            self.factor_type = ScaleAndShiftDiagonalFactor
 
-class ScaleAndShiftDiagonalFB(_ScaleAndShiftFB):
+
+class ScaleAndShiftDiagonalFB(ScaleAndShiftFB):
     """The diagonal of the block of a scale and a shift.
 
     >>> block = ScaleAndShiftDiagonalFB(nn.GroupNorm(2, 4))

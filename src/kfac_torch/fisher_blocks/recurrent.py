@@ -26,6 +26,7 @@ from ..fisher_factors import (
 )
 from ..fisher_factors.data import check_choice
 from ..fisher_factors.linear import rows_moment
+from ..size_limit import SizeLimit
 from .base import Moment, accumulation_dtype, no_data
 from .conv import ConvKFCBasicFB
 from .kronecker import KroneckerProductFB
@@ -45,6 +46,7 @@ class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB):
         diagonal_approx_for_input: keep the diagonal of `A0` alone.
         diagonal_approx_for_output: keep the diagonal of `G0` alone.
         time_dim: the input's dimension that is time; uses need no order here.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -59,6 +61,7 @@ class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB):
         diagonal_approx_for_input: bool = False,
         diagonal_approx_for_output: bool = False,
         time_dim: int | None = None,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         super().__init__(
             module,
@@ -66,6 +69,7 @@ class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB):
             options,
             diagonal_approx_for_input=diagonal_approx_for_input,
             diagonal_approx_for_output=diagonal_approx_for_output,
+            size_limit=size_limit,
         )
 
 

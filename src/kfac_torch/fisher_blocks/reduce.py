@@ -25,17 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fisher_factors import (
-    ConvInputKroneckerFactor,
-    ConvOutputKroneckerFactor,
-    FactorOptions,
-)
+from ..fisher_factors import FactorOptions
 from ..fisher_factors.conv_geometry import ConvGeometry
+from ..size_limit import SizeLimit
 from .base import no_data
 from .conv import ConvKFCBasicFB, conv_factor_kwargs, data_format
 from .conv_transpose import ConvTransposeFB
 from .kronecker import KroneckerProductFB, weighted_mean
 from .linear import FullyConnectedKFACBasicFB
+from .sides import conv_input_side, conv_output_side
 
 
 class ReduceFB(KroneckerProductFB):
@@ -91,6 +89,7 @@ class FullyConnectedKFACReduceFB(ReduceFB, FullyConnectedKFACBasicFB):
         diagonal_approx_for_output: keep the diagonal of `G` alone.
         time_dim: the input's dimension that is time; where that is the first, the second
             is that of the examples.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -114,6 +113,7 @@ class FullyConnectedKFACReduceFB(ReduceFB, FullyConnectedKFACBasicFB):
         diagonal_approx_for_input: bool = False,
         diagonal_approx_for_output: bool = False,
         time_dim: int | None = None,
+        size_limit: SizeLimit | None = None,
     ) -> None:
         super().__init__(
             module,
@@ -121,6 +121,7 @@ class FullyConnectedKFACReduceFB(ReduceFB, FullyConnectedKFACBasicFB):
             options,
             diagonal_approx_for_input=diagonal_approx_for_input,
             diagonal_approx_for_output=diagonal_approx_for_output,
+            size_limit=size_limit,
         )
         self._time_dim = time_dim
 
@@ -157,6 +158,7 @@ class ConvKFCReduceFB(ReduceFB, ConvKFCBasicFB):
         module: the layer, or several that share all their parameters.
         name: of the layer, for messages and checkpoints.
         options: of the factors.
+        size_limit: what sides above a size become; None for none.
 
     Raises:
         TypeError: a module of another type.
@@ -175,8 +177,10 @@ class ConvKFCReduceFB(ReduceFB, ConvKFCBasicFB):
         module: nn.Module | Sequence[nn.Module],
         name: str | None = None,
         options: FactorOptions = FactorOptions(),
+        *,
+        size_limit: SizeLimit | None = None,
     ) -> None:
-        super().__init__(module, name, options)
+        super().__init__(module, name, options, size_limit=size_limit)
         self._conv = ConvGeometry.make(
             f"{self.name}.input",
             self._filter_shape(),
@@ -193,7 +197,8 @@ class ConvKFCReduceFB(ReduceFB, ConvKFCBasicFB):
         common = conv_factor_kwargs(self.module, self.options)
         name = f"{self.name}.input"
         # A mean patch is one location of a pointwise convolution, its columns the channels.
-        A = ConvInputKroneckerFactor(
+        kind, extra = conv_input_side(self._conv.columns, 1, self.has_bias, self.size_limit)
+        A = kind(
             [no_data(name)],
             [1, self._conv.columns, out],
             "VALID",
@@ -201,14 +206,17 @@ class ConvKFCReduceFB(ReduceFB, ConvKFCBasicFB):
             has_bias=self.has_bias,
             groups=groups,
             name=name,
+            **extra,
             **common,
         )
-        G = ConvOutputKroneckerFactor(
+        kind, extra = conv_output_side(out // groups, self.size_limit)
+        G = kind(
             [[no_data(f"{self.name}.output")]],
             "NCW",
             num_channels=out,
             groups=groups,
             name=f"{self.name}.output",
+            **extra,
             **common,
         )
         return A, G

@@ -13,9 +13,17 @@ from .conv import (
     ConvOutputKroneckerFactor as ConvOutputKroneckerFactor,
 )
 from .conv_diagonal import ConvDiagonalFactor as ConvDiagonalFactor
+from .conv_diagonal_sides import (
+    ConvInputDiagonalKroneckerFactor as ConvInputDiagonalKroneckerFactor,
+    ConvOutputDiagonalKroneckerFactor as ConvOutputDiagonalKroneckerFactor,
+)
 from .conv_recurrent import (
     ConvInputMultiKF as ConvInputMultiKF,
     ConvOutputMultiKF as ConvOutputMultiKF,
+)
+from .conv_split import (
+    ConvInputSplitKroneckerFactor as ConvInputSplitKroneckerFactor,
+    ConvOutputSplitKroneckerFactor as ConvOutputSplitKroneckerFactor,
 )
 from .conv_sua import ConvInputSUAKroneckerFactor as ConvInputSUAKroneckerFactor
 from .data import (
@@ -40,6 +48,11 @@ from .inverse_providing import (
 from .linear import (
     FullyConnectedKroneckerFactor as FullyConnectedKroneckerFactor,
 )
+from .low_rank import (
+    ConvInputLowRankKroneckerFactor as ConvInputLowRankKroneckerFactor,
+    ConvOutputLowRankKroneckerFactor as ConvOutputLowRankKroneckerFactor,
+    LowRankKroneckerFactor as LowRankKroneckerFactor,
+)
 from .naive import (
     FullFactor as FullFactor,
     NaiveDiagonalFactor as NaiveDiagonalFactor,
@@ -53,4 +66,7 @@ from .recurrent import (
     FullyConnectedMultiKF as FullyConnectedMultiKF,
     series_option1_product as series_option1_product,
     series_option2_product as series_option2_product,
+)
+from .split import (
+    SplitKroneckerFactor as SplitKroneckerFactor,
 )

@@ -255,6 +255,11 @@ class FisherFactor(abc.ABC):
         """Return the trace of the current matrix: 0-dim, or one for each of a stack."""
         return self.get_cov().diagonal(dim1=-2, dim2=-1).sum(-1)
 
+    def describe(self) -> str:
+        """Return how the matrix is kept and its size, as in `"full 512"`."""
+        stack = self._cov_shape[:-2]
+        return f"{stack[0]} x full {self.cov_dim}" if stack else f"full {self.cov_dim}"
+
     def new_cov(self, tensors: Sequence[Sequence[Entry]]) -> Tensor:
         """Return the second moment of `tensors[source][tower]`; changes nothing.
 

@@ -167,11 +167,17 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         if limit < num_patches:
             moment = self._moment_of_some(tensor, self._draw(num_patches, limit))
         else:
-            moment = self._conv.moment(tensor, self._has_bias)
-        if self._mask is not None:
-            mask = self._mask.to(moment)
-            moment *= mask.outer(mask)  # of masked patches, which are never formed
-        return moment
+            moment = self._moment(tensor)
+        return moment if self._mask is None else self._masked(moment, self._mask)
+
+    def _moment(self, inputs: Tensor) -> Tensor:
+        """The moment of all patches."""
+        return self._conv.moment(inputs, self._has_bias)
+
+    def _masked(self, moment: Tensor, mask: Tensor) -> Tensor:
+        """The moment of masked patches, which are never formed."""
+        mask = mask.to(moment)
+        return moment.mul_(mask.outer(mask))
 
     def _draw(self, population: int, number: int) -> Tensor:
         return torch.randperm(population, generator=self._generator)[:number]
@@ -182,8 +188,12 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         rows = conv.some_rows(inputs, chosen).to(self._dtype)
         rows = rows.unflatten(1, (conv.groups, conv.columns)).transpose(0, 1)
         rows = append_homog(rows) if self._has_bias else rows
-        moment = conv.in_order(compute_cov(rows, normalizer=len(chosen)), (-2, -1))
-        return moment if conv.groups > 1 else moment[0]
+        rows = conv.in_order(rows, (-1,))
+        return self._moment_of_rows(rows if conv.groups > 1 else rows[0])
+
+    def _moment_of_rows(self, rows: Tensor) -> Tensor:
+        """The moment of rows `[..., R, n]`, the one of a bias among the columns."""
+        return compute_cov(rows, normalizer=rows.shape[-2])
 
     # State.
 

@@ -122,6 +122,10 @@ class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
         """`ΔC`, and one for a bias."""
         return self._matrix_shape[-1]
 
+    def describe(self) -> str:
+        """Return how the matrix is kept and its size."""
+        return f"uncorrelated locations {self._conv.channels} of {self.cov_dim}"
+
     def _check_tensor(self, *tensors: Tensor) -> None:
         self._conv.check_inputs(self._single(tensors))
 

@@ -45,6 +45,10 @@ class DiagonalFactor(FisherFactor, abc.ABC):
         """The number of entries on the diagonal."""
         return torch.Size(self._cov_shape).numel()
 
+    def describe(self) -> str:
+        """Return how the matrix is kept and its size, as in `"diagonal 50257"`."""
+        return f"diagonal {self.cov_dim}"
+
     def cov_trace(self) -> Tensor:
         """Return the sum of the diagonal, 0-dim."""
         return self._stored_cov().sum()
@@ -88,13 +92,16 @@ class DiagonalFactor(FisherFactor, abc.ABC):
             torch.linalg.LinAlgError: a negative power of an entry that is not positive
                 (found where looking is free: on the CPU).
         """
-        damped = self._stored_cov() + evaluate_damping(damping_func, self.name)
+        damped = self._stored_cov() + self._damping_of(damping_func)
         if exp < 0 and damped.device.type == "cpu" and not (damped > 0).all():
             raise torch.linalg.LinAlgError(
                 f"{self.name}: cannot raise the damped diagonal to {exp}: its smallest "
                 f"entry is {damped.min().item():.3g}. Use a larger damping."
             )
         return damped.pow(exp)
+
+    def _damping_of(self, damping_func: DampingFunc) -> Tensor | float:
+        return evaluate_damping(damping_func, self.name)
 
     def left_multiply_matpower(
         self, x: Tensor, exp: float, damping_func: DampingFunc

@@ -11,6 +11,7 @@ columns from the right. Left out: stored inverses, as in `diagonal.py`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,82 @@ from .data import Entry, TensorLike, name_of_uses, scope_string_from_params
 from .diagonal import DiagonalFactor, scale_rows
 
 
-class DiagonalKroneckerFactor(DiagonalFactor):
+class DiagonalSideFactor(DiagonalFactor, abc.ABC):
+    """The diagonal of one side of a Kronecker product (abstract).
+
+    Stored as `[n]`, or `[groups, n]` for a layer with groups.
+    """
+
+    @property
+    def cov_dim(self) -> int:
+        """`n`, of one group."""
+        return self._cov_shape[-1]
+
+    def cov_trace(self) -> Tensor:
+        """Return the sum of the diagonal: 0-dim, or one for each group."""
+        return self._stored_cov().sum(-1)
+
+    def get_cov(self) -> Tensor:
+        """Return the dense diagonal matrix `[..., n, n]`; `get_cov_var()` is the diagonal.
+
+        Raises:
+            RuntimeError: before `instantiate_cov_variables`.
+        """
+        return self._stored_cov().diag_embed()
+
+    def describe(self) -> str:
+        """Return how the matrix is kept and its size, as in `"diagonal 50257"`."""
+        groups = self._cov_shape[:-1]
+        text = super().describe()
+        return f"{groups[0]} x {text}" if groups else text
+
+    def _damping_of(self, damping_func: DampingFunc) -> Tensor | float:
+        damping = super()._damping_of(damping_func)
+        per_group = isinstance(damping, Tensor) and damping.dim() > 0
+        return damping.unsqueeze(-1) if per_group else damping
+
+    # A side of a product scales rows or columns.
+
+    def left_multiply_matpower(
+        self, x: Tensor, exp: float, damping_func: DampingFunc
+    ) -> Tensor:
+        """Return `diag((d + λ)^exp) x`: the rows of `x [n, k]` scaled.
+
+        Sparse rows (a `torch.sparse_coo_tensor` with one sparse dimension) stay sparse.
+
+        Raises:
+            ValueError: `x` is not such a matrix.
+        """
+        self._check_matrix(x, "left_multiply_matpower", 0)
+        return scale_rows(x, self.get_matpower(exp, damping_func).unsqueeze(-1))
+
+    def right_multiply_matpower(
+        self, x: Tensor, exp: float, damping_func: DampingFunc
+    ) -> Tensor:
+        """Return `x diag((d + λ)^exp)`: the columns of `x [k, n]` scaled.
+
+        Sparse rows stay sparse.
+
+        Raises:
+            ValueError: `x` is not such a matrix.
+        """
+        self._check_matrix(x, "right_multiply_matpower", 1)
+        scale = self.get_matpower(exp, damping_func).unsqueeze(-2)
+        return scale_rows(x, scale.expand(x.shape))
+
+    def _check_matrix(self, x: Tensor, method: str, dim: int) -> None:
+        n, groups = self.cov_dim, self._cov_shape[:-1]
+        fits = x.dim() == len(groups) + 2 and x.shape[:-2] == groups
+        if not fits or x.shape[dim - 2] != n:
+            before = "".join(f"{size}, " for size in groups)
+            expected = f"[{before}{n}, k]" if dim == 0 else f"[{before}k, {n}]"
+            raise ValueError(
+                f"{self.name}: {method}: expected x of shape {expected}, got "
+                f"{tuple(x.shape)}"
+            )
+
+
+class DiagonalKroneckerFactor(DiagonalSideFactor):
     """The diagonal of `XᵀX/R`, one side of a Kronecker product.
 
     Args:
@@ -107,44 +183,6 @@ class DiagonalKroneckerFactor(DiagonalFactor):
         if self._has_bias:
             squares = torch.cat([squares, squares.new_full((1,), rows)])
         return squares.div_(rows)
-
-    # A side of a product scales rows or columns.
-
-    def left_multiply_matpower(
-        self, x: Tensor, exp: float, damping_func: DampingFunc
-    ) -> Tensor:
-        """Return `diag((d + λ)^exp) x`: the rows of `x [n, k]` scaled.
-
-        Sparse rows (a `torch.sparse_coo_tensor` with one sparse dimension) stay sparse.
-
-        Raises:
-            ValueError: `x` is not such a matrix.
-        """
-        self._check_matrix(x, "left_multiply_matpower", 0)
-        return scale_rows(x, self.get_matpower(exp, damping_func).unsqueeze(1))
-
-    def right_multiply_matpower(
-        self, x: Tensor, exp: float, damping_func: DampingFunc
-    ) -> Tensor:
-        """Return `x diag((d + λ)^exp)`: the columns of `x [k, n]` scaled.
-
-        Sparse rows stay sparse.
-
-        Raises:
-            ValueError: `x` is not such a matrix.
-        """
-        self._check_matrix(x, "right_multiply_matpower", 1)
-        scale = self.get_matpower(exp, damping_func)
-        return scale_rows(x, scale.expand(x.shape[0], -1))
-
-    def _check_matrix(self, x: Tensor, method: str, dim: int) -> None:
-        n = self.cov_dim
-        if x.dim() != 2 or x.shape[dim] != n:
-            expected = f"[{n}, k]" if dim == 0 else f"[k, {n}]"
-            raise ValueError(
-                f"{self.name}: {method}: expected x of shape {expected}, got "
-                f"{tuple(x.shape)}"
-            )
 
 
 class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):

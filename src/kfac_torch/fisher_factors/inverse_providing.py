@@ -113,6 +113,33 @@ class InverseProvidingFactor(FisherFactor):
         """The shape of `C`: `[..., n, n]`."""
         return self._cov_shape
 
+    # How a matrix is stored; `_matrix_shape` is the shape of what is stored.
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        """The leading dimensions of what the factor multiplies: one matrix for each."""
+        return self._matrix_shape[:-2]
+
+    def _matrices(self) -> Tensor:
+        """The current `C`, as it is decomposed."""
+        return self.get_cov()
+
+    def _dense(self, matrices: Tensor) -> Tensor:
+        """A function of `C` as the getters return it."""
+        return matrices
+
+    def _left(self, matrices: Tensor, x: Tensor) -> Tensor:
+        """A function of `C`, times `x`."""
+        return matrices @ x
+
+    def _right(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """`x` times a function of `C`."""
+        return x @ matrices
+
+    def _damping_of(self, damping_func: DampingFunc) -> Tensor | float:
+        """The damping of each matrix that is decomposed."""
+        return evaluate_damping(damping_func, self.name)
+
     # Refreshing.
 
     def uses_eigendecomp(self) -> bool:
@@ -163,11 +190,10 @@ class InverseProvidingFactor(FisherFactor):
         return self._current_eigendecomp()
 
     def _current_eigendecomp(self) -> tuple[Tensor, Tensor]:
-        cov = self.get_cov()
         version = self._stored_cov()._version
         if self._eigendecomp is None or self._eigendecomp[0] != version:
             floor = self._options.eigenvalue_clipping_threshold
-            self._eigendecomp = version, psd_eigh(cov, floor)
+            self._eigendecomp = version, psd_eigh(self._matrices(), floor)
         return self._eigendecomp[1]
 
     def _instantiated(self) -> list[Stored]:
@@ -200,7 +226,7 @@ class InverseProvidingFactor(FisherFactor):
     def _evaluated(self, wanted: Sequence[Stored]) -> dict[Hashable, Tensor | float]:
         """The damping of each identity; each function is called once, the first wins."""
         funcs = {stored.damping_id: stored.damping_func for stored in reversed(wanted)}
-        return {key: evaluate_damping(func, self.name) for key, func in funcs.items()}
+        return {key: self._damping_of(func) for key, func in funcs.items()}
 
     def _powers_by_eigendecomp(self) -> list[Computed]:
         powers = self._exponents()
@@ -222,8 +248,11 @@ class InverseProvidingFactor(FisherFactor):
             KeyError: not registered.
             RuntimeError: not instantiated, or not refreshed since.
         """
+        return self._dense(self._matpower(exp, damping_func))
+
+    def _matpower(self, exp: float, damping_func: DampingFunc) -> Tensor:
         if exp == 1:
-            return add_damping(self.get_cov(), evaluate_damping(damping_func, self.name))
+            return add_damping(self._matrices(), self._damping_of(damping_func))
         register = f"register_matpower({exp}, damping_func)"
         return self._get(float(exp), damping_func, f"the power {exp}", register)[0]
 
@@ -233,6 +262,9 @@ class InverseProvidingFactor(FisherFactor):
         Raises:
             KeyError, RuntimeError: as `get_matpower`.
         """
+        return self._dense(self._cholesky(damping_func))
+
+    def _cholesky(self, damping_func: DampingFunc) -> Tensor:
         register = "register_cholesky(damping_func)"
         return self._get(_CHOLESKY, damping_func, "the Cholesky factor", register)[0]
 
@@ -242,6 +274,9 @@ class InverseProvidingFactor(FisherFactor):
         Raises:
             KeyError, RuntimeError: as `get_matpower`.
         """
+        return self._dense(self._cholesky_inverse(damping_func))
+
+    def _cholesky_inverse(self, damping_func: DampingFunc) -> Tensor:
         what, register = "the inverse Cholesky factor", "register_cholesky_inverse"
         return self._get(
             _CHOLESKY_INVERSE, damping_func, what, f"{register}(damping_func)"
@@ -273,7 +308,7 @@ class InverseProvidingFactor(FisherFactor):
             KeyError, RuntimeError: as `get_matpower`.
         """
         self._check_matrix(x, "left_multiply_matpower", 0)
-        return self.get_matpower(exp, damping_func) @ x
+        return self._left(self._matpower(exp, damping_func), x)
 
     def right_multiply_matpower(
         self, x: Tensor, exp: float, damping_func: DampingFunc
@@ -289,40 +324,40 @@ class InverseProvidingFactor(FisherFactor):
         """
         self._check_matrix(x, "right_multiply_matpower", 1)
         if x.layout == torch.sparse_coo:
-            x = x.coalesce()
-            values = self.right_multiply_matpower(x.values(), exp, damping_func)
-            return torch.sparse_coo_tensor(
-                x.indices(), values, x.shape, is_coalesced=True, check_invariants=False
+            return of_sparse_rows(
+                x, lambda rows: self.right_multiply_matpower(rows, exp, damping_func)
             )
-        return x @ self.get_matpower(exp, damping_func)
+        return self._right(x, self._matpower(exp, damping_func))
 
     def left_multiply_cholesky(
         self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
     ) -> Tensor:
         """Return `L x`, or `Lᵀ x`, for dense `x [n, k]`; raises as `get_cholesky`."""
         self._check_matrix(x, "left_multiply_cholesky", 0)
-        return _maybe_transposed(self.get_cholesky(damping_func), transpose) @ x
+        return self._left(_maybe_transposed(self._cholesky(damping_func), transpose), x)
 
     def right_multiply_cholesky(
         self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
     ) -> Tensor:
         """Return `x L`, or `x Lᵀ`, for dense `x [k, n]`; raises as `get_cholesky`."""
         self._check_matrix(x, "right_multiply_cholesky", 1, sparse=False)
-        return x @ _maybe_transposed(self.get_cholesky(damping_func), transpose)
+        return self._right(x, _maybe_transposed(self._cholesky(damping_func), transpose))
 
     def left_multiply_cholesky_inverse(
         self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
     ) -> Tensor:
         """Return `L⁻¹ x`, or `L⁻ᵀ x`, for dense `x [n, k]`."""
         self._check_matrix(x, "left_multiply_cholesky_inverse", 0)
-        return _maybe_transposed(self.get_cholesky_inverse(damping_func), transpose) @ x
+        L = self._cholesky_inverse(damping_func)
+        return self._left(_maybe_transposed(L, transpose), x)
 
     def right_multiply_cholesky_inverse(
         self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
     ) -> Tensor:
         """Return `x L⁻¹`, or `x L⁻ᵀ`, for dense `x [k, n]`."""
         self._check_matrix(x, "right_multiply_cholesky_inverse", 1, sparse=False)
-        return x @ _maybe_transposed(self.get_cholesky_inverse(damping_func), transpose)
+        L = self._cholesky_inverse(damping_func)
+        return self._right(x, _maybe_transposed(L, transpose))
 
     def _check_matrix(
         self, x: Tensor, method: str, dim: int, sparse: bool | None = None
@@ -335,7 +370,7 @@ class InverseProvidingFactor(FisherFactor):
             raise ValueError(
                 f"{self.name}: {method}: expected a dense x{also}, got {x.layout}"
             )
-        n, stack = self.cov_dim, self._matrix_shape[:-2]
+        n, stack = self.cov_dim, self._stack
         if x.dim() != len(stack) + 2 or x.shape[dim - 2] != n or x.shape[:-2] != stack:
             lead = "".join(f"{size}, " for size in stack)
             expected = f"[{lead}{n}, k]" if dim == 0 else f"[{lead}k, {n}]"
@@ -450,14 +485,14 @@ def _factorise(
     """
     dampings = [
         torch.as_tensor(
-            evaluate_damping(wanted[0].damping_func, factor.name),
+            factor._damping_of(wanted[0].damping_func),
             dtype=factor._dtype,
             device=factor._device,
         )
         for factor, wanted in batch
     ]
-    covs = torch.stack([factor.get_cov() for factor, _ in batch])
-    batch_shape = covs.shape[:-2]  # grouped factors have a further leading dimension
+    covs = torch.stack([factor._matrices() for factor, _ in batch])
+    batch_shape = covs.shape[:-2]  # those of groups and blocks have further ones
     # One damping for a factor, or one for each of a stack of matrices.
     damping = torch.stack([value.expand(batch_shape[1:]) for value in dampings])
     repeats = batch_shape[1:].numel()
@@ -476,6 +511,15 @@ def _store(new: list[Computed]) -> None:
         for old, tensor in zip(stored.tensors, tensors, strict=True):
             old.copy_(tensor)
         stored.refreshed = True
+
+
+def of_sparse_rows(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a function of the rows of `x` that are there, at the same rows, sparse."""
+    x = x.coalesce()
+    values = function(x.values())
+    return torch.sparse_coo_tensor(
+        x.indices(), values, x.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _maybe_transposed(L: Tensor, transpose: bool) -> Tensor:

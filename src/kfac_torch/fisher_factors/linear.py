@@ -63,7 +63,9 @@ class FullyConnectedKroneckerFactor(InverseProvidingFactor):
         device: torch.device | str | None = None,
     ) -> None:
         if name is None:
-            flat = [part for towers in tensors for entry in towers for part in parts_of(entry)]
+            flat = [
+                part for towers in tensors for entry in towers for part in parts_of(entry)
+            ]
             name = "ff_fckron_" + scope_string_from_params([flat, has_bias])
         first = tensors[0][0] if tensors and tensors[0] else None
         if size is None:

@@ -94,6 +94,10 @@ class MultiUseFactor(InverseProvidingFactor, abc.ABC):
         """`n`."""
         return self._matrix_shape[-1]
 
+    def describe(self) -> str:
+        """Return how the matrix is kept and its size: `"full 512"`."""
+        return f"full {self.cov_dim}"
+
     def _fill_identity(self, cov: Tensor) -> None:
         super()._fill_identity(cov[0] if self._has_lag else cov)
 
