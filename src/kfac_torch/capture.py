@@ -8,8 +8,8 @@ output is held as its edge in the graph, which survives an in-place activation b
 (of a view, the output of a linear layer over tokens, by handing on another tensor).
 
 The root alone is hooked for good; layers are for the one forward that is recorded, so
-that other forwards cost nothing, and a compiled root runs that one uncompiled. Attention or an
-LSTM computes by its parts then (`fused.py`), which are the calls that are recorded. Where
+that other forwards cost nothing, and a compiled root runs that one uncompiled. Attention
+or an LSTM computes by its parts then (`fused.py`), whose calls are recorded. Where
 `keep_forwards` is set, what the root was called with is kept in `forwards` until
 their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
 `enabled()` is false, or under `functional_call`. The hooks hold the capture weakly: they
