@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from dense_fisher import dense_fisher
 from torch import nn
 from torch.func import functional_call
@@ -531,6 +532,43 @@ def test_forwards_that_are_not_recorded_are_the_fused_ones(monkeypatch):
     estimator.collecting = True
     model(x)
     assert calls == [1]
+
+
+class Checkpointed(Fails):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(3, 1)
+
+    def part(self, x):
+        x, _ = self.layer(x)
+        return self.mix(x, x, x)[0]
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+
+@pytest.mark.usefixtures("float64")
+def test_checkpoints_compute_by_parts_again():
+    """In a recorded forward, and in one that is not."""
+    torch.manual_seed(1)
+    model = Checkpointed()
+    plain = copy.deepcopy(model)
+    plain.forward = plain.part
+    blocks, x = [], torch.randn(4, 2, 2)
+    for each in (model, plain):
+        estimator = watched(each)
+        for collecting in (True, False):
+            estimator.collecting = collecting
+            each(x).square().mean().backward()
+            if collecting:
+                assert estimator.update_covariances() == []
+        blocks.append(estimator.blocks)
+        estimator.close()
+        assert hooks(each) == 0
+    for name, block in blocks[0].items():
+        close(block.full_fisher_block(), blocks[1][name].full_fisher_block())
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        close(one.grad, two.grad)
 
 
 def test_the_root_may_be_fused():

@@ -184,6 +184,7 @@ class Capture:
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
         self._recording = ExitStack()  # what ends with the forward that is recorded
+        self._by_parts = ExitStack()  # and what ends when the next one begins
         self._kept: RootCall | None = None  # of the running forward, or of the last
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
@@ -214,6 +215,7 @@ class Capture:
     def close(self) -> None:
         """Remove every hook."""
         self._recording.close()
+        self._by_parts.close()
         self._finalizer()
 
     @property
@@ -226,6 +228,7 @@ class Capture:
     ) -> None:
         training = model.training and torch.is_grad_enabled()
         self._recording.close()
+        self._by_parts.close()
         self._tape, self._kept = None, None
         if training and self._enabled():
             self._tape = []
@@ -245,14 +248,14 @@ class Capture:
             )
             self._recording.callback(handle.remove)
         for module, fused in self._fused.items():
-            self._recording.callback(fused.running.close)  # after an interrupt, say
+            self._by_parts.callback(fused.running.close)  # after an interrupt, say
             for handle in (
                 module.register_forward_pre_hook(_Hook(self, module, "_enter")),
                 module.register_forward_hook(
                     _Hook(self, module, "_leave"), prepend=True, always_call=True
                 ),
             ):
-                self._recording.callback(handle.remove)
+                self._by_parts.callback(handle.remove)
         if self._compiled:
             self._recording.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -279,14 +282,20 @@ class Capture:
         return self._write(name, a, output) if isinstance(a, Tensor) else None
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        """Let a module compute by parts, which are recorded, until `_leave`."""
+        """Let a module compute by parts, which are recorded, until `_leave`.
+
+        Without recording them where a checkpoint computes it again, in the backward, and
+        expects what it had in the forward.
+        """
         fused = self._fused[module]
-        if self._tape is None or next(module.parameters(), None) is not fused.param:
+        if next(module.parameters(), None) is not fused.param:
             return
 
         def record(part: str, a: Tensor, s: Tensor) -> Tensor:
             name = fused.names.get(part)
-            return s if name is None or not s.requires_grad else self._write(name, a, s)
+            if self._tape is None or name is None or not s.requires_grad:
+                return s
+            return self._write(name, a, s)
 
         fused.running.enter_context(ComputeByParts(record))
 
@@ -312,6 +321,8 @@ class Capture:
         calls, self._tape = self._tape or [], None
         self._recording.close()
         failed = output is None  # the forward raised
+        if failed:
+            self._by_parts.close()
         if failed and self._kept is not None:
             self.forwards.remove(self._kept)
             self._kept = None
