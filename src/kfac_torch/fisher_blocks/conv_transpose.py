@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher_factors import FactorOptions
+from ..size_limit import SizeLimit
 from .conv import ConvDiagonalFB, ConvFB, ConvKFCBasicFB
 
 
