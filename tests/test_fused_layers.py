@@ -290,6 +290,40 @@ def test_blocks_are_those_of_linear_layers(name, mode):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "name", ["self-attention", "cross-attention", "separate projections", "GRU cell"]
+)
+def test_rows_that_no_loss_term_reaches_do_not_count(name):
+    """The last tokens of most examples are padding, and queries of nothing."""
+    blocks, x = [], torch.randn(6, L, 3)
+    y = torch.randint(2, (6, L))
+    y[1:, 2:] = -100
+    nets = pair(name)
+    for net in nets:
+        layers = LayerCollection(net)
+        if net is nets[0]:
+            layers.auto_register_layers(net.layer)
+            layers.register_categorical_predictive_distribution()
+        else:
+            for module in net.layer.maps.values():
+                layers.register_fully_connected_multi(module)
+            layers.register_categorical_predictive_distribution()
+        estimator = FisherEstimator(None, 0.95, 0.1, layers, estimation_mode="exact")
+        z = net(x)
+        functional.cross_entropy(z.flatten(0, 1), y.flatten()).backward()
+        assert estimator.update_covariances() == []
+        blocks.append(layers.blocks)
+        estimator.close()
+    for key, block in blocks[0].items():
+        theirs = twin_block(blocks[1], key.removeprefix("layer."))
+        close(block.full_fisher_block(), theirs)
+    reached = {"self-attention": "layer.out_proj", "GRU cell": "layer.hh"}
+    if name in reached:  # 5 of 1 example, 2 of the other 5
+        rows = blocks[0][reached[name]].num_locations
+        assert rows == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("float64")
 def test_the_bias_of_separate_projections():
     """`T G_g`, with the rows of each: those of the packed weight's bias rows."""
     x, y = torch.randn(6, L, 3), torch.randn(6, L, 2)

@@ -65,7 +65,7 @@ class ComputeByParts(TorchFunctionMode):
 
 def _attention(record: Record, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Project before and after; in between torch's own function, whose projections are
-    by the identity, which changes no number.
+    by the identity, which changes no number (where TF32 is allowed, it rounds once more).
     """
     call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     call.apply_defaults()
