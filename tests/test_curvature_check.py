@@ -54,7 +54,7 @@ class Tokens(nn.Module):
 
 
 class Sequences(nn.Module):
-    """A recurrent layer, and attention to all positions but the first (if there are more)."""
+    """A recurrent layer, and attention to all positions but the first of several."""
 
     def __init__(self):
         super().__init__()

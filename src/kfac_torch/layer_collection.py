@@ -19,7 +19,9 @@ from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
 from .fused_registration import FUSED_LAYERS, FusedRegistration
+from .layer_choice import Choices
 from .loss_collection import LossCollection
+from .plain_updates import PLAIN_RULES
 from .size_limit import SizeLimit
 from .use_count import count_uses
 
@@ -70,6 +72,8 @@ class LayerCollection(FusedRegistration, DefaultApproximations, LossCollection):
         self._linked: dict[frozenset[int], str | None] = {}
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
+        self._choices = Choices()
+        self.fallback = "adamw"
         # Shared modules and parameters are known by their first name.
         module = uncompiled(model)
         self._module_names = {id(m): name for name, m in module.named_modules()}
@@ -392,7 +396,7 @@ class LayerCollection(FusedRegistration, DefaultApproximations, LossCollection):
         self._register("embedding_multi", module, approx, name, num_uses)
 
     def auto_register_layers(self, model: nn.Module | None = None) -> None:
-        """Register every linear layer, convolution, transposed or not, and embedding.
+        """Register every linear layer, convolution, embedding, attention and recurrent layer.
 
         Left alone are layers without a trained weight, what is registered already,
         subclasses, since they may compute something else, and layers that share a
@@ -482,6 +486,19 @@ class LayerCollection(FusedRegistration, DefaultApproximations, LossCollection):
         if not isinstance(factor, cls):
             factor = self._factors[key] = cls(*args)
         return factor
+
+    def is_excluded(self, param: Tensor) -> bool:
+        """Whether a parameter is another optimizer's."""
+        return self._param_names.get(id(param)) in self._choices.excluded
+
+    def is_chosen(self, name: str) -> bool:
+        """Whether the user said which rule moves a parameter."""
+        return self._choices.rule(name) is not None
+
+    def plain_rule(self, param: Tensor) -> str:
+        """Return the rule that moves a parameter while it has no block."""
+        chosen = self._choices.rule(self._param_names.get(id(param), ""))
+        return chosen or (self.fallback if self.fallback in PLAIN_RULES else "adamw")
 
     def describe(self, param: Tensor) -> str:
         """Return `parameter` and its name in the model."""
