@@ -396,7 +396,7 @@ class LayerCollection(FusedRegistration, DefaultApproximations, LossCollection):
         self._register("embedding_multi", module, approx, name, num_uses)
 
     def auto_register_layers(self, model: nn.Module | None = None) -> None:
-        """Register every linear layer, convolution, embedding, attention and recurrent layer.
+        """Register every linear, convolution, embedding, attention and recurrent layer.
 
         Left alone are layers without a trained weight, what is registered already,
         subclasses, since they may compute something else, and layers that share a
