@@ -44,6 +44,7 @@ def layer(kind, make, inputs, outputs, *rest, **kwargs):
 
 
 LINEAR = (6, 4, 3), (6, 4, 2)
+LINEAR_OUT = ((6, 4, 3),)
 CONV = (6, 2, 4, 5), (6, 3, 2, 4)
 GROUPED = (6, 4, 4, 5), (6, 6, 2, 4)
 DEPTHWISE = (6, 2, 4, 5), (6, 4, 2, 4)
@@ -105,6 +106,10 @@ def tied():
     embedding, head = nn.Embedding(5, 3, padding_idx=1), nn.Linear(3, 5)
     head.weight = embedding.weight
     return [embedding, head]
+
+
+def linear_map(module, index=0, **kwargs):
+    return fb.LinearMapFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
 
 
 def params():
@@ -274,6 +279,25 @@ CASES = {
     ),
     "series, option 2": layer(
         fb.FullyConnectedSeriesFB, linear, *SERIES, (-1,), False, option=2, time_dim=1
+    ),
+    "map of a cell": Case(lambda: linear_map(nn.GRUCell(3, 1)), LINEAR[:1], LINEAR_OUT[:1]),
+    "map of a cell, several calls, both diagonal": Case(
+        lambda: linear_map(nn.GRUCell(3, 1), **BOTH), LINEAR[:1] * 3, LINEAR_OUT * 3
+    ),
+    "maps of attention": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+    ),
+    "maps of attention, several calls": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)) * 2,
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)) * 2,
+    ),
+    "bias of separate maps": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1, kdim=3), 3),
+        ((6, 3, 1), (6, 5, 1), (6, 5, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
     ),
 }
 EXPS = [(name, exp) for name, case in CASES.items() for exp in case.exps]

@@ -34,6 +34,7 @@ class Zoo(nn.Module):
         self.tied = nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)])
         self.tied[1].weight = self.tied[0].weight
         self.attention = nn.MultiheadAttention(4, 2)
+        self.gru = nn.GRU(2, 3)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
         self.scale = nn.Parameter(torch.ones(2))
         self.offset = nn.Parameter(torch.zeros(2, 2))
@@ -68,7 +69,10 @@ REGISTER = {
     "conv2d_multi": ("register_conv2d_multi", "conv2"),
     "embedding_multi": ("register_embedding_multi", "embedding"),
     "generic": ("register_generic", "linear"),
+    "attention": ("register_multihead_attention", "attention"),
+    "recurrent": ("register_recurrent", "gru"),
 }
+PARTS = {"attention": ["in_proj", "out_proj"], "recurrent": ["ih_l0", "hh_l0"]}
 KRON = ("kron", "kron_in_diag", "kron_out_diag", "kron_both_diag")
 INDEP = ("kron_indep", "kron_indep_in_diag", "kron_indep_out_diag", "kron_indep_both_diag")
 REDUCE = (
@@ -116,8 +120,21 @@ EXPECTED = {
         "kron_reduce": fb.ConvKFCReduceFB,
     },
     "embedding_multi": dict.fromkeys(INDEP, fb.EmbeddingKFACMultiIndepFB),
-}
+    "attention": {
+        "kron": fb.LinearMapFB, "diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB
+    },
+    "recurrent": dict.fromkeys(KRON, fb.LinearMapFB)
+    | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+}  # fmt: skip
 CASES = [(kind, approx) for kind, known in EXPECTED.items() for approx in known]
+
+
+def expected_kinds(kind, approx):
+    """By name of the blocks of a layer of some kind."""
+    name, block = REGISTER[kind][1], EXPECTED[kind][approx]
+    if kind not in PARTS:
+        return {name: block}
+    return {f"{name}.{part}": block for part in PARTS[kind]}
 
 
 def test_the_table_of_approximations():
@@ -133,14 +150,15 @@ def test_every_approximation_of_every_kind_can_be_registered(kind, approx):
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
     getattr(layers, method)(model.layer(name), approx)
-    (block,) = layers.get_blocks()
-    assert kinds(layers) == {name: EXPECTED[kind][approx]}
-    assert [id(p) for p in block.params] == [
+    blocks = layers.get_blocks()
+    assert kinds(layers) == expected_kinds(kind, approx)
+    assert {id(p) for block in blocks for p in block.params} == {
         id(p) for p in model.get_submodule(name).parameters()
-    ]
-    block.instantiate_factors(0.1)
-    block.register_inverse()
-    assert layers.get_factors() == list(block.factors)
+    }
+    for block in blocks:
+        block.instantiate_factors(0.1)
+        block.register_inverse()
+    assert layers.get_factors() == [f for block in blocks for f in block.factors]
 
 
 SIDES = [
@@ -153,6 +171,8 @@ SIDES = [
     ("fully_connected_multi", "kron_indep_both_diag", (True, True)),
     ("fully_connected", "kron_reduce_in_diag", (True, False)),
     ("fully_connected_multi", "kron_reduce_both_diag", (True, True)),
+    ("recurrent", "kron_in_diag", (True, False) * 2),
+    ("recurrent", "kron_out_diag", (False, True) * 2),
     ("embedding", "kron", (True, False)),
     ("embedding", "kron_in_diag", (True, False)),
     ("embedding", "kron_out_diag", (True, True)),
@@ -168,7 +188,8 @@ def test_which_sides_are_diagonal(kind, approx, diagonal):
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
     getattr(layers, method)(model.layer(name), approx)
-    layers.get_blocks()[0].instantiate_factors(0.1)
+    for block in layers.get_blocks():
+        block.instantiate_factors(0.1)
     stored = [factor.get_cov_var().dim() == 1 for factor in layers.get_factors()]
     assert tuple(stored) == diagonal
 
@@ -392,9 +413,11 @@ def test_what_is_registered_automatically():
         "bag": fb.EmbeddingBagKFACFB,
         "bilinear": fb.BilinearKFACFB,
         "tied.0": fb.TiedEmbeddingFB,
+        **expected_kinds("attention", "kron"),
+        **expected_kinds("recurrent", "kron"),
     }
     layers.auto_register_layers()  # nothing is left
-    assert len(layers.blocks) == 14
+    assert len(layers.blocks) == 18
     layers.register_fully_connected(model.subclass)  # where one knows what it computes
     assert layers.blocks["subclass"].params[0] is model.subclass.weight
 
@@ -455,7 +478,7 @@ def test_default_approximations(kind, approx):
     assert layers.default_approximation(kind) == getattr(layers, spelled_out) == approx
     method, name = REGISTER[kind]
     getattr(layers, method)(model.layer(name))
-    assert kinds(layers) == {name: EXPECTED[kind][approx]}
+    assert kinds(layers) == expected_kinds(kind, approx)
     # A collection's defaults are its own.
     other = LayerCollection(model)
     assert other.default_approximation(kind) == DEFAULT_APPROXIMATIONS[kind]

@@ -66,12 +66,16 @@ def test_a_convolution_with_its_own_inner_step_is_not_of_its_kind():
     assert kind_of(own(1, 1, 1)) is None
 
 
-def test_attention_is_left_alone_and_its_projection_elsewhere_is_not():
+def test_the_projection_of_attention_is_registered_once():
     out = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
-    model = nn.Sequential(nn.MultiheadAttention(4, 2), out)
+    model = nn.Sequential(nn.MultiheadAttention(4, 2, add_bias_kv=True), out)
     blocks, layers = found(model)
-    assert blocks == {"1": fb.FullyConnectedKFACBasicFB}
-    assert "nn.MultiheadAttention" in layers.left_alone["0.out_proj"]
+    assert blocks == {
+        "0.in_proj": fb.LinearMapFB,
+        "0.out_proj": fb.LinearMapFB,
+        "1": fb.FullyConnectedKFACBasicFB,
+    }
+    assert layers.left_alone == {"0": "some of its parameters are of no linear map inside"}
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,21 @@ def _generic(kind: BlockFactory, *layer_types: type) -> BlockFactory:
     return make
 
 
+def _of_part(kind: BlockFactory) -> BlockFactory:
+    """A block of gradients of parameters, made from a linear map inside a layer."""
+
+    def make(
+        part: fb.LinearPart, module: nn.Module, name: str, options: FactorOptions
+    ) -> fb.FisherBlock:
+        return kind(part.params, name, options)
+
+    return make
+
+
 _CONVOLUTION = _generic(fb.FullFB, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = _generic(
     fb.FullFB, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 )
-
 APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
     {
         "generic": MappingProxyType({"full": fb.FullFB, "diagonal": fb.NaiveDiagonalFB}),
@@ -145,6 +155,20 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "embedding_multi": MappingProxyType(
             _embedding("kron_indep", fb.EmbeddingKFACMultiIndepFB)
         ),
+        "attention": MappingProxyType(
+            {
+                "kron": fb.LinearMapFB,
+                "diagonal": _of_part(fb.NaiveDiagonalFB),
+                "full": _of_part(fb.FullFB),
+            }
+        ),
+        "recurrent": MappingProxyType(
+            {
+                **_kronecker("kron", fb.LinearMapFB),
+                "diagonal": _of_part(fb.NaiveDiagonalFB),
+                "full": _of_part(fb.FullFB),
+            }
+        ),
     }
 )
 """By kind of layer, the blocks it can have by the name of the approximation."""
@@ -164,6 +188,8 @@ DEFAULT_APPROXIMATIONS: Mapping[str, str] = MappingProxyType(
         "fully_connected_multi": "kron_indep",
         "conv2d_multi": "kron_indep",
         "embedding_multi": "kron_indep",
+        "attention": "kron",
+        "recurrent": "kron",
     }
 )
 
@@ -251,6 +277,8 @@ class DefaultApproximations:
     default_fully_connected_multi_approximation = _Default("fully_connected_multi")
     default_conv2d_multi_approximation = _Default("conv2d_multi")
     default_embedding_multi_approximation = _Default("embedding_multi")
+    default_attention_approximation = _Default("attention")
+    default_recurrent_approximation = _Default("recurrent")
     set_default_generic_approximation = _SetDefault("generic")
     set_default_fully_connected_approximation = _SetDefault("fully_connected")
     set_default_conv2d_approximation = _SetDefault("conv2d")
@@ -264,3 +292,5 @@ class DefaultApproximations:
     set_default_fully_connected_multi_approximation = _SetDefault("fully_connected_multi")
     set_default_conv2d_multi_approximation = _SetDefault("conv2d_multi")
     set_default_embedding_multi_approximation = _SetDefault("embedding_multi")
+    set_default_attention_approximation = _SetDefault("attention")
+    set_default_recurrent_approximation = _SetDefault("recurrent")

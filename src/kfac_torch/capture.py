@@ -8,7 +8,8 @@ output is held as its edge in the graph, which survives an in-place activation b
 (of a view, the output of a linear layer over tokens, by handing on another tensor).
 
 The root alone is hooked for good; layers are for the one forward that is recorded, so
-that other forwards cost nothing, and a compiled root runs that one uncompiled. Where
+that other forwards cost nothing, and a compiled root runs that one uncompiled. Attention
+or an LSTM computes by its parts then (`fused.py`), whose calls are recorded. Where
 `keep_forwards` is set, what the root was called with is kept in `forwards` until
 their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
 `enabled()` is false, or under `functional_call`. The hooks hold the capture weakly: they
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .fused import ComputeByParts
+
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
 """What a layer is taken to be given, of the arguments of its call: `a`, a tensor; None
 for a call that is not to be recorded."""
@@ -45,10 +48,22 @@ class Layer:
     Args:
         modules: one, or several that share their parameters.
         read: what the layer is given, of the arguments of a call.
+        part: the linear map inside the modules that is meant, of those that `fused.py`
+            knows; the modules' calls themselves if None.
     """
 
     modules: tuple[nn.Module, ...]
     read: Reader = first_input
+    part: str | None = None
+
+
+@dataclass(eq=False)
+class _Fused:
+    """A module that is recorded by parts: their names, and what its call has entered."""
+
+    param: nn.Parameter | None
+    names: dict[str | None, str] = field(default_factory=dict)
+    running: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(eq=False)
@@ -169,6 +184,7 @@ class Capture:
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
         self._recording = ExitStack()  # what ends with the forward that is recorded
+        self._by_parts = ExitStack()  # and what ends when the next one begins
         self._kept: RootCall | None = None  # of the running forward, or of the last
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
@@ -178,7 +194,13 @@ class Capture:
             module: (name, layer.read, next(module.parameters(), None))
             for name, layer in layers.items()
             for module in layer.modules
+            if layer.part is None
         }
+        self._fused: dict[nn.Module, _Fused] = {}
+        for name, layer in layers.items():
+            for module in layer.modules if layer.part is not None else ():
+                param = next(module.parameters(), None)
+                self._fused.setdefault(module, _Fused(param)).names[layer.part] = name
         self._compiled = uncompiled(model) is not model
         handles = [param.register_hook(_ParamHook(self, param)) for param in watch_params]
         handles += [
@@ -193,6 +215,7 @@ class Capture:
     def close(self) -> None:
         """Remove every hook."""
         self._recording.close()
+        self._by_parts.close()
         self._finalizer()
 
     @property
@@ -205,10 +228,13 @@ class Capture:
     ) -> None:
         training = model.training and torch.is_grad_enabled()
         self._recording.close()
+        self._by_parts.close()
         self._tape, self._kept = None, None
         if training and self._enabled():
             self._tape = []
             self._watch_layers()
+            if model in self._fused:  # its own hooks for what comes first are running
+                self._enter(model)
         if training and self.keep_forwards and self._has_its_params():
             self._kept = RootCall(args, kwargs, random_state(_device(model)))
             self.forwards.append(self._kept)
@@ -221,6 +247,15 @@ class Capture:
                 _Hook(self, module, "_record"), prepend=True, with_kwargs=True
             )
             self._recording.callback(handle.remove)
+        for module, fused in self._fused.items():
+            self._by_parts.callback(fused.running.close)  # after an interrupt, say
+            for handle in (
+                module.register_forward_pre_hook(_Hook(self, module, "_enter")),
+                module.register_forward_hook(
+                    _Hook(self, module, "_leave"), prepend=True, always_call=True
+                ),
+            ):
+                self._by_parts.callback(handle.remove)
         if self._compiled:
             self._recording.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -228,7 +263,10 @@ class Capture:
         """Whether a call is one of the model's own, not one under `functional_call`."""
         return all(
             next(module.parameters(), None) is param
-            for module, (_, _, param) in self._layers.items()
+            for module, param in [
+                *((module, param) for module, (_, _, param) in self._layers.items()),
+                *((module, fused.param) for module, fused in self._fused.items()),
+            ]
         )
 
     def _record(
@@ -242,6 +280,27 @@ class Capture:
             return None
         a = read(module, args, kwargs)
         return self._write(name, a, output) if isinstance(a, Tensor) else None
+
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        """Let a module compute by parts, which are recorded, until `_leave`.
+
+        Without recording them where a checkpoint computes it again, in the backward, and
+        expects what it had in the forward.
+        """
+        fused = self._fused[module]
+        if next(module.parameters(), None) is not fused.param:
+            return
+
+        def record(part: str, a: Tensor, s: Tensor) -> Tensor:
+            name = fused.names.get(part)
+            if self._tape is None or name is None or not s.requires_grad:
+                return s
+            return self._write(name, a, s)
+
+        fused.running.enter_context(ComputeByParts(record))
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._fused[module].running.close()
 
     def _write(self, name: str, a: Tensor, output: Tensor) -> Tensor:
         """Put a call on the tape; return the output to go on with."""
@@ -262,6 +321,8 @@ class Capture:
         calls, self._tape = self._tape or [], None
         self._recording.close()
         failed = output is None  # the forward raised
+        if failed:
+            self._by_parts.close()
         if failed and self._kept is not None:
             self.forwards.remove(self._kept)
             self._kept = None

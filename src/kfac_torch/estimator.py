@@ -562,7 +562,7 @@ class FisherEstimator(BlockProducts):
 
 def block_layer(block: FisherBlock) -> Layer:
     """Return what the capture has to record for a block."""
-    return Layer(block.modules, block.call_input)
+    return Layer(block.modules, block.call_input, block.part)
 
 
 def _update_inverse(block: FisherBlock, index: int) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
 from .coverage import Reports
-from .fisher_blocks import FisherBlock
+from .fisher_blocks import FisherBlock, linear_parts
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
+from .fused_registration import FusedRegistration
 from .layer_choice import Choices
 from .plain_updates import PLAIN_RULES
 from .registration import Found, find_layers
@@ -28,7 +29,9 @@ from .use_count import UseWatch
 _Factor = TypeVar("_Factor", bound=FisherFactor)
 
 
-class LayerCollection(DefaultApproximations, RegistrationChecks, Reports):
+class LayerCollection(
+    FusedRegistration, DefaultApproximations, RegistrationChecks, Reports
+):
     """The blocks of a model by name, and its losses.
 
     Args:
@@ -472,8 +475,11 @@ class LayerCollection(DefaultApproximations, RegistrationChecks, Reports):
 
     def _linked_otherwise(self, module: nn.Module) -> bool:
         """Whether a layer's parameters are linked, but not as this layer."""
-        ids = {id(p) for p in module.parameters(recurse=False) if p.requires_grad}
-        return any(linked & ids and linked != ids for linked in self._linked)
+        groups = [frozenset(map(id, part.params)) for part in linear_parts(module)] or [
+            frozenset(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        ]
+        ids = frozenset[int]().union(*groups)
+        return any(linked & ids and linked not in groups for linked in self._linked)
 
     # What is registered.
 

@@ -15,13 +15,24 @@ from types import MappingProxyType
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .fisher_blocks import linear_parts
 from .fisher_blocks.embedding_bag import unsupported_bag
 from .fisher_blocks.layer import same_settings
 from .fisher_blocks.linear import TransposedLinear
 from .fisher_blocks.normalization import NORMS
 
+FUSED: Mapping[str, tuple[type[nn.Module], ...]] = MappingProxyType(
+    {
+        "attention": (nn.MultiheadAttention,),
+        "recurrent": (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
+    }
+)
+"""By kind, layers of several linear maps."""
+
 KINDS: Mapping[type[nn.Module], str] = MappingProxyType(
     {
+        nn.MultiheadAttention: "multihead_attention",
+        **dict.fromkeys(FUSED["recurrent"], "recurrent"),
         nn.Linear: "fully_connected",
         nn.Bilinear: "bilinear",
         **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), "convolution"),
@@ -34,6 +45,8 @@ KINDS: Mapping[type[nn.Module], str] = MappingProxyType(
     }
 )
 """By type of module, the `LayerCollection.register_...` that it is registered with."""
+
+_FUSED = tuple(kind for kinds in FUSED.values() for kind in kinds)
 
 SHARED: Mapping[str, str] = MappingProxyType(
     {
@@ -64,7 +77,7 @@ class Found:
     @property
     def is_large_norm(self) -> bool:
         """Whether a full block would be large beside what it is for."""
-        weight = self.modules[0].weight
+        weight = getattr(self.modules[0], "weight", None)
         return (
             self.register == "scale_and_shift"
             and isinstance(weight, nn.Parameter)
@@ -130,6 +143,13 @@ def find_layers(
             yield module, "it is part of an nn.MultiheadAttention, which does not call it"
             continue
         found = _find(module, owners)
+        parts = [p for part in linear_parts(module) for p in part.params]
+        if not isinstance(found, str) and parts:
+            done.update(map(id, parts))
+            yield found
+            if not done.issuperset(map(id, own)):
+                yield module, "some of its parameters are of no linear map inside"
+            continue
         if isinstance(found, str):
             yield module, found
         else:
@@ -145,6 +165,8 @@ def _find(module: nn.Module, owners: Mapping[int, list[nn.Module]]) -> Found | s
     kind, weight = kind_of(module), getattr(module, "weight", None)
     if kind is None:
         return f"there is no block for {type(module).__name__}; see register_generic"
+    if isinstance(module, _FUSED):
+        return _find_fused(kind, module, owners)
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a parameter: it is computed from others"
     if not weight.requires_grad:
@@ -160,6 +182,18 @@ def _find(module: nn.Module, owners: Mapping[int, list[nn.Module]]) -> Found | s
     if len(sharing) == 1:
         return Found(kind, (module,))
     return _shared(kind, sharing, owners[id(weight)])
+
+
+def _find_fused(
+    kind: str, module: nn.Module, owners: Mapping[int, list[nn.Module]]
+) -> Found | str:
+    """What a layer of several linear maps is to be registered as."""
+    params = [p for part in linear_parts(module) for p in part.params]
+    if not params:
+        return "its weights are frozen"
+    if any(len(owners[id(p)]) > 1 for p in params):
+        return "it shares some of its parameters"
+    return Found(kind, (module,))
 
 
 def _problem(module: nn.Module) -> str | None:

@@ -23,6 +23,11 @@ from .embedding import (
     EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,
 )
 from .embedding_bag import EmbeddingBagKFACFB as EmbeddingBagKFACFB
+from .fused import (
+    LinearMapFB as LinearMapFB,
+    LinearPart as LinearPart,
+    linear_parts as linear_parts,
+)
 from .kronecker import KroneckerProductFB as KroneckerProductFB
 from .linear import (
     FullyConnectedDiagonalFB as FullyConnectedDiagonalFB,

@@ -62,6 +62,9 @@ class FisherBlock(abc.ABC):
     needs_param_grads = False
     """Whether the block works on gradients of its parameters, not of layer outputs."""
 
+    part: str | None = None
+    """The linear map inside the modules that the block is of, where they are fused."""
+
     def __init__(
         self,
         params: Sequence[nn.Parameter],
