@@ -23,6 +23,9 @@ INPUTS = {
     "transposed": lambda: torch.randn(6, 2, 3, 3),
     "depthwise": lambda: torch.randn(6, 4, 5, 5),
     "embedding": lambda: torch.randint(5, (6,)),
+    "bag": lambda: torch.randint(5, (6, 2)),
+    "bilinear": lambda: torch.randn(6, 2),
+    "tied.0": lambda: torch.randint(5, (6,)),
     "norm": lambda: torch.randn(6, 3),
 }
 EVERY = [
@@ -38,10 +41,13 @@ class Alone(nn.Module):
 
     def __init__(self, name, calls=1):
         super().__init__()
-        self.layer, self.calls = Zoo().get_submodule(name), calls
+        layer = Zoo().layer(name)
+        self.layer = nn.Sequential(*layer) if isinstance(layer, list) else layer
+        self.calls = calls
 
     def forward(self, x):
-        return sum(self.layer(x) for _ in range(self.calls)).flatten(1)
+        args = (x, x) if isinstance(self.layer, nn.Bilinear) else (x,)
+        return sum(self.layer(*args) for _ in range(self.calls)).flatten(1)
 
 
 def held_bytes(factor):
@@ -76,7 +82,8 @@ def registered(kind, approx, above=None, calls=1, options=FactorOptions()):
     model = Alone(name, calls)
     limit = above and SizeLimit(2, above=above)
     layers = LayerCollection(model, options, size_limit=limit)
-    getattr(layers, method)(model.layer, approx)
+    tied = isinstance(model.layer, nn.Sequential)
+    getattr(layers, method)(list(model.layer) if tied else model.layer, approx)
     layers.register_normal_predictive_distribution()
     return layers, INPUTS[name]()
 
@@ -204,8 +211,8 @@ class Large(nn.Module):
 
 def large(size, limit=None):
     layers = LayerCollection(Large(size), size_limit=limit)
-    layers.auto_register_layers()
     layers.register_scale_and_shift(layers.model.norm, "full")
+    layers.auto_register_layers()
     layers.register_generic(layers.model.scale, "full")
     return layers.report()
 
@@ -577,7 +584,6 @@ def test_the_text_fits_and_names_every_row():
 
     layers = LayerCollection(Long(), size_limit=SizeLimit(10, above="split"))
     layers.auto_register_layers()
-    layers.register_scale_and_shift(layers.model.norm, "diagonal")
     lines = str(layers.report()).splitlines()
     assert max(map(len, lines)) <= coverage.WIDTH
     assert "split" in str(layers.report())
