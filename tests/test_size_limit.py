@@ -92,7 +92,7 @@ def test_every_approximation_can_be_registered_with_a_limit(kind, approx):
     model = Zoo()
 
     def register(layers):
-        getattr(layers, method)(model.get_submodule(name), approx)
+        getattr(layers, method)(model.layer(name), approx)
 
     (found,) = sizes(model, SizeLimit(2, above="diagonal"), register)
     whole = "series" in approx or (approx == "full" and kind != "scale_and_shift")

@@ -164,7 +164,7 @@ def _find(module: nn.Module, owners: Mapping[int, list[nn.Module]]) -> Found | s
     """What a module is to be registered as; or why it is not."""
     kind, weight = kind_of(module), getattr(module, "weight", None)
     if kind is None:
-        return f"there is no block for {type(module).__name__}; see register_generic"
+        return f"there is no block for {type(module).__name__}"
     if isinstance(module, _FUSED):
         return _find_fused(kind, module, owners)
     if not isinstance(weight, nn.Parameter):
