@@ -24,6 +24,9 @@ INPUTS = {
     "depthwise": lambda: torch.randn(6, 4, 5, 5),
     "embedding": lambda: torch.randint(5, (6,)),
     "norm": lambda: torch.randn(6, 3),
+    "bag": lambda: torch.randint(5, (6, 2)),
+    "bilinear": lambda: torch.randn(6, 2),
+    "tied.0": lambda: torch.randint(5, (6,)),
 }
 EVERY = [
     (kind, approx, above)
@@ -38,10 +41,22 @@ class Alone(nn.Module):
 
     def __init__(self, name, calls=1):
         super().__init__()
-        self.layer, self.calls = Zoo().get_submodule(name), calls
+        layer = Zoo().layer(name)
+        self.layers = nn.ModuleList(layer if isinstance(layer, list) else [layer])
+        self.calls = calls
+
+    @property
+    def layer(self):
+        """What is registered."""
+        return self.layers[0] if len(self.layers) == 1 else list(self.layers)
 
     def forward(self, x):
-        return sum(self.layer(x) for _ in range(self.calls)).flatten(1)
+        return sum(self.call(x) for _ in range(self.calls)).flatten(1)
+
+    def call(self, x):
+        for layer in self.layers:
+            x = layer(x, x) if isinstance(layer, nn.Bilinear) else layer(x)
+        return x
 
 
 def held_bytes(factor):
@@ -204,8 +219,8 @@ class Large(nn.Module):
 
 def large(size, limit=None):
     layers = LayerCollection(Large(size), size_limit=limit)
-    layers.auto_register_layers()
     layers.register_scale_and_shift(layers.model.norm, "full")
+    layers.auto_register_layers()
     layers.register_generic(layers.model.scale, "full")
     return layers.report()
 
@@ -577,7 +592,6 @@ def test_the_text_fits_and_names_every_row():
 
     layers = LayerCollection(Long(), size_limit=SizeLimit(10, above="split"))
     layers.auto_register_layers()
-    layers.register_scale_and_shift(layers.model.norm, "diagonal")
     lines = str(layers.report()).splitlines()
     assert max(map(len, lines)) <= coverage.WIDTH
     assert "split" in str(layers.report())
