@@ -223,6 +223,7 @@ class Large(nn.Module):
 def large(size, limit=None):
     layers = LayerCollection(Large(size), size_limit=limit)
     layers.register_scale_and_shift(layers.model.norm, "full")
+    layers.auto_register_layers()
     layers.register_generic(layers.model.scale, "full")
     layers.auto_register_layers()
     return layers.report()
