@@ -20,16 +20,16 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import uncompiled
-from .damping import LevenbergMarquardt
+from .capture import GradientProbe, uncompiled
+from .construction import complete, loss_taken_back
+from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .layer_collection import LayerCollection
 from .loss_collection import Output
@@ -38,15 +38,17 @@ from .options import (
     MOMENTUM,
     Damping,
     QModel,
+    TrustRegion,
     check_count,
     damping_at,
     group_options,
-    name_and_stride,
+    resolve,
 )
+from .steps import StepRecord
 from .trials import Trial
-from .updates import StepRecord, UpdateRule
+from .updates import UpdateRule
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 
@@ -140,11 +142,11 @@ class KFAC(torch.optim.Optimizer):
         layer_collection: LayerCollection | None = None,
         *,
         lr: float | None = None,
-        damping: Damping,
+        damping: Damping | None = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
-        norm_constraint: float | str | None = "auto",
-        momentum_type: str | QModel = "regular",
+        norm_constraint: float | str | TrustRegion | None = "auto",
+        momentum_type: str | QModel | None = None,
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
@@ -152,7 +154,11 @@ class KFAC(torch.optim.Optimizer):
         num_burnin_steps: int = 0,
         output: Output = None,
     ) -> None:
-        kind, stride = name_and_stride(momentum_type)
+        self._adapts_if_told = damping is None
+        chosen, damping, norm_constraint = resolve(
+            lr, momentum_type, damping, norm_constraint
+        )
+        kind = chosen.name if isinstance(chosen, QModel) else chosen
         defaults = group_options(
             momentum_type=kind,
             lr=lr,
@@ -164,7 +170,7 @@ class KFAC(torch.optim.Optimizer):
         check_count("cov_update_every", cov_update_every, 1)
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
-        layers = _complete(layer_collection, model, loss, output)
+        layers = complete(layer_collection, model, loss, output)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(_param_groups(names, layers, momentum), defaults)
@@ -172,7 +178,7 @@ class KFAC(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._model = model
         self._names = names
-        self._damping = damping
+        self._given_damping = self._damping = damping
         self._momentum_type = kind
         self._cov_update_every = cov_update_every
         self._invert_every = invert_every
@@ -181,17 +187,20 @@ class KFAC(torch.optim.Optimizer):
         self._num_burnt = 0
         self._inverses_due = True
         self._calibrated = False
+        self._told = False  # whether the change of the loss is known to be told
+        self.damping_unit: float | None = None
         self._announced: set[str] = set()
-        with _loss_taken_back(layers, loss):
-            self._watch(layers, cov_ema_decay, estimation_mode, kind, stride)
+        region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
+        with loss_taken_back(layers, loss):
+            self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
 
     def _watch(
         self,
         layers: LayerCollection,
         cov_ema_decay: float,
         estimation_mode: str,
-        kind: str,
-        stride: int,
+        chosen: str | QModel,
+        region: TrustRegion | None,
     ) -> None:
         """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
@@ -203,11 +212,20 @@ class KFAC(torch.optim.Optimizer):
         )
         try:
             self._updates = UpdateRule(
-                self, self._model, self.estimator, self._names, kind, self._damping, stride
+                self,
+                self._model,
+                self.estimator,
+                self._names,
+                chosen,
+                self._damping,
+                region,
             )
         except NotImplementedError:
             self.estimator.release()
             raise
+        if self._updates.modelled or self._updates.rule:
+            params = [p for block in layers.blocks.values() for p in block.params]
+            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -249,6 +267,9 @@ class KFAC(torch.optim.Optimizer):
             value = trial.first()
             params, grads = self._gradients()
             self.estimator.check_loss(value)
+            if self._updates.modelled or adapts:
+                trial.batch = self.estimator.batch_loss()
+                self._check_told(trial)
             if self.estimator.sums_gradients and self.estimator.num_terms:
                 trial.num_terms = self.estimator.num_terms
                 grads = list(torch._foreach_div(grads, trial.num_terms))
@@ -275,14 +296,34 @@ class KFAC(torch.optim.Optimizer):
             return value
         finally:
             self.estimator.capture.forwards.clear()
+            if self.estimator.capture.probe is not None:
+                self.estimator.capture.probe.clear()
+
+    def _check_told(self, trial: Trial) -> None:
+        """See whether the change of the loss, where λ adapts to it, will be known."""
+        if self._updates.rule is None or self._told or not trial.batch.forwards:
+            return
+        self._told = trial.tells_change
+        if self._told:
+            return
+        what = (
+            "the gradient at the network output does not tell how this loss changes: "
+            "expected step(closure), with a closure that clears the gradients, calls the "
+            "model and backward, and returns the loss; got none"
+        )
+        if not self._adapts_if_told:
+            raise ValueError(f"KFAC.step(): damping=LevenbergMarquardt(...): {what}")
+        warnings.warn(f"KFAC.step(): {what}, so that damping stays", stacklevel=5)
+        self._updates.rule = None
 
     def _adapt(self, trial: Trial) -> None:
         """Adapt λ where due, by the loss at the parameters that the step has led to."""
         rule, record = self._updates.rule, self.last_step
         if rule is None or record is None or self._num_steps % rule.interval:
             return
-        assert record.predicted_change is not None  # `_move` asked for it
-        new_loss, rho = trial.judge(record.predicted_change, rule)
+        if trial.step is None or not trial.can_judge:
+            return
+        new_loss, rho = trial.judge(trial.step, rule)
         self.last_step = replace(record, new_loss=new_loss, rho=rho)
         self._set_damping(rule.update(record.damping, rho))
 
@@ -304,10 +345,9 @@ class KFAC(torch.optim.Optimizer):
         finite = torch.stack(flags).all() if flags else None
         return estimator.update_covariances(finite, decay=1.0 if burning else None)
 
-    def _update_inverses(self) -> None:
-        """Refresh the inverses where due; a λ that adapts is raised until it can be."""
-        estimator = self.estimator
-        blocks = estimator.blocks.values()
+    def _check_statistics(self) -> None:
+        """Raise RuntimeError where there are none; see that they are where the model is."""
+        blocks = self.estimator.blocks.values()
         if not any(block.has_statistics for block in blocks):
             raise RuntimeError(
                 "KFAC.step(): there are no statistics yet. Expected a call of the model "
@@ -319,6 +359,18 @@ class KFAC(torch.optim.Optimizer):
             )
         for block in blocks:
             block.follow_params()
+
+    def _set_unit(self, unit: float | None) -> None:
+        """Bring a relative damping to units of the Fisher, where they are known."""
+        self.damping_unit, self._damping = unit, self._given_damping
+        if unit is not None and isinstance(self._given_damping, RelativeDamping):
+            self._damping = self._given_damping.absolute(unit)
+        if isinstance(self._damping, LevenbergMarquardt) and self._updates.rule is not None:
+            self._updates.rule = self._damping
+
+    def _update_inverses(self) -> None:
+        """Refresh the inverses where due; a λ that adapts is raised until it can be."""
+        estimator = self.estimator
         early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
         for attempt in range(_MAX_ADAPTATIONS):
             if not (self._inverses_due or early):
@@ -335,9 +387,14 @@ class KFAC(torch.optim.Optimizer):
     def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
         """Move the parameters; return what is not finite, if anything: nothing moves."""
         self._updates.num_steps = self._num_steps
-        group, rule = self.param_groups[0], self._updates.rule
+        self._check_statistics()
+        group = self.param_groups[0]
+        if isinstance(self._damping, RelativeDamping):
+            self._set_unit(self._updates.mean_curvature())
+            group["damping"] = damping_at(self._damping, self._num_steps)
         if callable(self._damping):
             group["damping"] = damping_at(self._damping, self._num_steps)
+        rule = self._updates.rule
         if not params:
             self._update_inverses()
             return []
@@ -345,10 +402,11 @@ class KFAC(torch.optim.Optimizer):
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
         due = rule is not None and (self._num_steps + 1) % rule.interval == 0
-        step = self._updates.propose(params, grads, with_prediction=due)
+        step = self._updates.propose(params, grads, due, trial)
         self._announce_others(params)
         if not step.finite:
             return ["the gradient"]
+        trial.step = step
         torch._foreach_add_(step.params, step.deltas)
         for p, (key, tensor) in zip(params, step.memory, strict=True):
             self.state[p][key] = tensor
@@ -374,12 +432,12 @@ class KFAC(torch.optim.Optimizer):
         group, last = self.param_groups[0], 0.0
         for _ in range(_MAX_ADAPTATIONS):
             self._update_inverses()
-            step = self._updates.propose(params, grads, with_prediction=True)
+            step = self._updates.propose(params, grads, True, trial)
             if not step.finite:
                 return
             try:
                 torch._foreach_add_(step.params, step.deltas)
-                _, rho = trial.judge(step.prediction(), rule)
+                _, rho = trial.judge(step, rule)
             finally:
                 torch._foreach_copy_(params, before)
             old = group["damping"]
@@ -448,6 +506,7 @@ class KFAC(torch.optim.Optimizer):
             "num_burnt": self._num_burnt,
             "calibrated": self._calibrated,
             "skipped_steps": self.skipped_steps,
+            "damping_unit": self.damping_unit,
             "collecting": self.estimator.collecting,
             "inverses_due": self._inverses_due,
             "estimator": self.estimator.state_dict(),
@@ -479,6 +538,8 @@ class KFAC(torch.optim.Optimizer):
         self._num_steps = own["num_steps"]
         self._num_burnt = own["num_burnt"]
         self._calibrated = own["calibrated"]
+        if isinstance(self._given_damping, RelativeDamping):
+            self._set_unit(own["damping_unit"])
         self.skipped_steps = own["skipped_steps"]
         self.estimator.collecting = own["collecting"]
         self._inverses_due = own["inverses_due"]
@@ -498,57 +559,3 @@ def _param_groups(
         own = MOMENTUM if momentum is None else momentum
         groups.append({"params": others, "momentum": own})
     return groups
-
-
-@contextmanager
-def _loss_taken_back(
-    layers: LayerCollection, loss: str | nn.Module | LossFactory | None
-) -> Iterator[None]:
-    """Leave the user's collection as it was, where a constructor fails."""
-    try:
-        yield
-    except (ValueError, NotImplementedError):
-        if loss is not None:
-            layers.registered_losses.pop()
-        raise
-
-
-def _complete(
-    layers: LayerCollection | None,
-    model: nn.Module,
-    loss: str | nn.Module | LossFactory | None,
-    output: Output,
-) -> LayerCollection:
-    """Return a collection of the model with layers and losses.
-
-    Raises:
-        ValueError: no supported layer, or not exactly one of `loss` and losses that are
-            registered, or the collection of another model.
-    """
-    if layers is None:
-        layers = LayerCollection(model)
-        layers.auto_register_layers()
-    elif not isinstance(layers, LayerCollection):
-        raise TypeError(
-            f"layer_collection: expected a LayerCollection, got {type(layers).__name__}"
-        )
-    elif layers.model is not model:
-        raise ValueError(
-            "layer_collection: expected a collection of the model given to KFAC, got one "
-            f"of another {type(layers.model).__name__}"
-        )
-    if not layers.blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-            "nn.Linear, an nn.Conv1d/2d/3d, an nn.ConvTranspose1d/2d/3d or an nn.Embedding "
-            "with a trained weight that no module of another kind shares"
-        )
-    if (loss is None) == (not layers.registered_losses):
-        given = "neither" if loss is None else "both"
-        raise ValueError(
-            f"loss: expected either loss= or losses registered in layer_collection, got "
-            f"{given}"
-        )
-    if loss is not None:
-        layers.register_loss_function(loss, output)
-    return layers

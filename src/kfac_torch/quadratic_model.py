@@ -64,7 +64,12 @@ class QuadraticModel:
         """Return `A + damping DᵀD`."""
         return self.curvature + damping * self.norms
 
-    def minimize(self, damping: float, momentum: float | None = None) -> Tensor:
+    def minimize(
+        self,
+        damping: float,
+        momentum: float | None = None,
+        max_momentum: float | None = None,
+    ) -> Tensor:
         """Return the weights `w [k]` at the minimum.
 
         Where the second direction is 0 or parallel to the first, its weight is 0; where
@@ -73,13 +78,21 @@ class QuadraticModel:
         Args:
             damping: `λ + ℓ`.
             momentum: a fixed weight of the second direction; None to solve for it.
+            max_momentum: the minimum is then that with the second weight from 0 to this;
+                None for no bounds.
         """
         C, b = self.matrix(damping), self.slopes
         if len(b) == 1:
             return _quotient(-b, C[0])
         if momentum is not None:
-            step = _quotient(-(b[0] + C[0, 1] * momentum), C[0, 0])
-            return torch.stack([step, torch.full_like(step, momentum)])
+            return _with_second(C, b, torch.full_like(b[0], momentum))
+        free = self._free_minimum(C, b)
+        if max_momentum is None:
+            return free
+        return _with_second(C, b, free[1].clamp(0.0, max_momentum))
+
+    @staticmethod
+    def _free_minimum(C: Tensor, b: Tensor) -> Tensor:
         determinant = C[0, 0] * C[1, 1] - C[0, 1] ** 2
         # 1 - cos² of the angle between the directions: below, rounding decides.
         regular = determinant > 1e-12 * C[0, 0] * C[1, 1]
@@ -98,6 +111,11 @@ class QuadraticModel:
     def squared_norm(self, weights: Tensor, damping: float) -> Tensor:
         """Return `δᵀ(F + damping I)δ`, 0-dim, never negative."""
         return (weights @ self.matrix(damping) @ weights).clamp(min=0)
+
+
+def _with_second(C: Tensor, b: Tensor, second: Tensor) -> Tensor:
+    """The minimum over the first weight alone."""
+    return torch.stack([_quotient(-(b[0] + C[0, 1] * second), C[0, 0]), second])
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
