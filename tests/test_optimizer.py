@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -124,21 +125,64 @@ def test_statistics_leave_gradients_and_the_global_generator_alone():
     optimizer.close()
 
 
+class Scaled(nn.Module):
+    """A scale and a shift that are bare parameters, between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.last(self.first(x) * self.scale + self.shift)
+
+
 @pytest.mark.parametrize("momentum_type", ["regular", "adam"])
-def test_parameters_without_a_block_follow_plain_momentum_and_are_named(momentum_type):
+@pytest.mark.parametrize(
+    ("fallback", "words"), [("adamw", "AdamW"), ("sgd", "plain momentum")]
+)
+def test_parameters_without_a_block_follow_a_plain_rule_and_are_named(
+    momentum_type, fallback, words
+):
+    """The steps are those of torch's own AdamW and SGD."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    optimizer = make(model, momentum=0.5, momentum_type=momentum_type)
-    x, y = torch.randn(6, 3), torch.randint(2, (6,))
-    start, velocity = model[1].weight.detach().clone(), 0
-    with pytest.warns(UserWarning, match=r"plain momentum: 1\.bias, 1\.weight$"):
-        train(model, optimizer, [(x, y)])
-    velocity = model[1].weight.grad.clone()
-    expected = start - 0.1 * velocity
-    torch.testing.assert_close(model[1].weight.detach(), expected)
-    train(model, optimizer, [(x, y)])  # no second message: warnings are errors here
-    velocity = 0.5 * velocity + model[1].weight.grad
-    torch.testing.assert_close(model[1].weight.detach(), expected - 0.1 * velocity)
+    model, (x, y) = Scaled(), (torch.randn(6, 3), torch.randint(2, (6,)))
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.fallback = fallback
+    optimizer = make(
+        model,
+        layer_collection=layers,
+        momentum=0.5,
+        momentum_type=momentum_type,
+        weight_decay=0.1,
+    )
+    twins = [p.detach().clone().requires_grad_() for p in (model.scale, model.shift)]
+    theirs = {
+        "adamw": torch.optim.AdamW(twins, lr=3e-3, weight_decay=0.1),
+        "sgd": torch.optim.SGD(twins, lr=0.1, momentum=0.5),
+    }[fallback]
+    for step in range(5):
+        expected = pytest.warns(UserWarning, match=rf"by {words}: scale, shift$")
+        with expected if step == 0 else nullcontext():  # later warnings are errors
+            train(model, optimizer, [(x, y)])
+        for twin, p in zip(twins, (model.scale, model.shift), strict=True):
+            twin.grad = p.grad.clone()
+            decay = 0.0 if fallback == "adamw" else 0.1 * 0.1
+            twin.data.mul_(1 - decay) if decay else None
+        theirs.step()
+        for twin, p in zip(twins, (model.scale, model.shift), strict=True):
+            torch.testing.assert_close(twin, p, rtol=0, atol=1e-6)
+
+
+def test_the_rule_of_a_layer_is_for_a_user_to_choose():
+    model = Scaled()
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.fallback = "sgd"
+    optimizer = make(model, layer_collection=layers)
+    assert [group.get("rule") for group in optimizer.param_groups] == [None, "sgd"]
+    assert optimizer.param_groups[1]["lr"] == 0.1
 
 
 class Tied(nn.Module):
@@ -156,7 +200,7 @@ def test_tied_weights_have_no_block_and_are_named():
     optimizer = make(model, "normal")
     assert list(optimizer.estimator.blocks) == ["first"]
     x = torch.randn(6, 3)
-    with pytest.warns(UserWarning, match=r"plain momentum: a\.bias, a\.weight, b\.bias$"):
+    with pytest.warns(UserWarning, match=r"AdamW: a\.bias, a\.weight, b\.bias$"):
         train(model, optimizer, [(x, torch.randn(6, 4))], functional.mse_loss)
 
 
@@ -295,7 +339,7 @@ def test_a_layer_unfrozen_later_is_trained():
     train(model, optimizer, [small()])
     model[0].requires_grad_(True)
     before = model[0].weight.detach().clone()
-    with pytest.warns(UserWarning, match=r"plain momentum: 0\.bias, 0\.weight$"):
+    with pytest.warns(UserWarning, match=r"AdamW: 0\.bias, 0\.weight$"):
         train(model, optimizer, [small()])
     assert not torch.equal(model[0].weight, before)
 

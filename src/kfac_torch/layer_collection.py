@@ -18,7 +18,9 @@ from .capture import uncompiled
 from .fisher_blocks import FisherBlock
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
+from .layer_choice import Choices
 from .loss_collection import LossCollection
+from .plain_updates import PLAIN_RULES
 from .size_limit import SizeLimit
 from .use_count import count_uses
 
@@ -69,6 +71,8 @@ class LayerCollection(DefaultApproximations, LossCollection):
         self._linked: dict[frozenset[int], str | None] = {}
         self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
+        self._choices = Choices()
+        self.fallback = "adamw"
         # Shared modules and parameters are known by their first name.
         module = uncompiled(model)
         self._module_names = {id(m): name for name, m in module.named_modules()}
@@ -478,6 +482,19 @@ class LayerCollection(DefaultApproximations, LossCollection):
         if not isinstance(factor, cls):
             factor = self._factors[key] = cls(*args)
         return factor
+
+    def is_excluded(self, param: Tensor) -> bool:
+        """Whether a parameter is another optimizer's."""
+        return self._param_names.get(id(param)) in self._choices.excluded
+
+    def is_chosen(self, name: str) -> bool:
+        """Whether the user said which rule moves a parameter."""
+        return self._choices.rule(name) is not None
+
+    def plain_rule(self, param: Tensor) -> str:
+        """Return the rule that moves a parameter while it has no block."""
+        chosen = self._choices.rule(self._param_names.get(id(param), ""))
+        return chosen or (self.fallback if self.fallback in PLAIN_RULES else "adamw")
 
     def describe(self, param: Tensor) -> str:
         """Return `parameter` and its name in the model."""

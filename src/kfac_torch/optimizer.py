@@ -44,6 +44,7 @@ from .options import (
     group_options,
     resolve,
 )
+from .plain_updates import plain_options
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
@@ -173,7 +174,7 @@ class KFAC(torch.optim.Optimizer):
         layers = complete(layer_collection, model, loss, output)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        super().__init__(_param_groups(names, layers, momentum), defaults)
+        super().__init__(_param_groups(names, layers, lr, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
         self._model = model
@@ -189,7 +190,7 @@ class KFAC(torch.optim.Optimizer):
         self._calibrated = False
         self._told = False  # whether the change of the loss is known to be told
         self.damping_unit: float | None = None
-        self._announced: set[str] = set()
+        self._announced = {name for name in names.values() if layers.is_chosen(name)}
         region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
         with loss_taken_back(layers, loss):
             self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
@@ -408,8 +409,8 @@ class KFAC(torch.optim.Optimizer):
             return ["the gradient"]
         trial.step = step
         torch._foreach_add_(step.params, step.deltas)
-        for p, (key, tensor) in zip(params, step.memory, strict=True):
-            self.state[p][key] = tensor
+        for p, memory in zip(step.params, step.memory, strict=True):
+            self.state[p].update(memory)
         self.last_step = StepRecord(
             step=self._num_steps,
             lr=step.lr,
@@ -483,13 +484,16 @@ class KFAC(torch.optim.Optimizer):
         )
 
     def _announce_others(self, params: list[Tensor]) -> None:
-        owned = self._updates.owned(params)
-        names = {self._names.get(p, "?") for p in params if p not in owned}
-        names -= self._announced
-        if names:
-            self._announced |= names
+        by_rule: dict[str, list[str]] = {}
+        for p, rule in self._updates.plain_rules(params).items():
+            name = self._names.get(p, "?")
+            if name not in self._announced:
+                self._announced.add(name)
+                by_rule.setdefault(rule, []).append(name)
+        for rule, names in by_rule.items():
+            words = {"adamw": "AdamW", "sgd": "plain momentum"}[rule]
             warnings.warn(
-                "these parameters have no K-FAC block and are updated by plain momentum: "
+                f"these parameters have no K-FAC block and are updated by {words}: "
                 f"{', '.join(sorted(names))}",
                 UserWarning,
                 stacklevel=6,
@@ -546,16 +550,25 @@ class KFAC(torch.optim.Optimizer):
 
 
 def _param_groups(
-    params: Iterable[Tensor], layers: LayerCollection, momentum: float | None
+    params: Iterable[Tensor],
+    layers: LayerCollection,
+    lr: float | None,
+    momentum: float | None,
 ) -> list[dict[str, Any]]:
-    """Return a group of what has a block, and maybe a second one of what has none.
+    """Return a group of what has a block, and one for every rule that moves the others.
 
-    Frozen parameters too: they are left alone while they have no gradient.
+    Frozen parameters too: they are left alone while they have no gradient. Those that are
+    excluded are in none.
     """
     owned = set(layers.registered_variables)
-    groups: list[dict[str, Any]] = [{"params": [p for p in params if p in owned]}]
-    others = [p for p in params if p not in owned]
-    if others:
-        own = MOMENTUM if momentum is None else momentum
-        groups.append({"params": others, "momentum": own})
+    groups: list[dict[str, Any]] = [{"params": []}]
+    by_rule: dict[str, list[Tensor]] = {}
+    for p in params:
+        if p in owned:
+            groups[0]["params"].append(p)
+        elif not layers.is_excluded(p):
+            by_rule.setdefault(layers.plain_rule(p), []).append(p)
+    for rule, others in sorted(by_rule.items()):
+        options = plain_options(rule, lr, MOMENTUM if momentum is None else momentum)
+        groups.append({"params": others, **options})
     return groups

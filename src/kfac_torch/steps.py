@@ -6,6 +6,7 @@ Left out: how a step is made (`updates.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class Step:
     Args:
         params: what moves.
         deltas: `δ`, by parameter.
-        memory: what to remember of the step, by parameter: a key and a tensor.
+        memory: what to remember of the step, by parameter.
         finite: whether there is neither a NaN nor an Inf in it; 0-dim.
         lr: see `StepRecord`.
         momentum: see `StepRecord`.
@@ -51,7 +52,7 @@ class Step:
 
     params: list[Tensor]
     deltas: list[Tensor]
-    memory: list[tuple[str, Tensor]]
+    memory: list[dict[str, Any]]
     finite: Tensor
     lr: Tensor | float
     momentum: Tensor | float

@@ -3,8 +3,9 @@
 Notation and the rules: `optimizer.py`. A step is proposed as a whole, with what to
 remember of it and, where asked for, the change of the loss that is predicted for exactly
 this step: by the exact quadratic model where that makes the step, else with the
-Kronecker-factored `F̂` in its place, of which parameters without a block are no part.
-Left out: when to take a step, and whether (the optimizer's business).
+Kronecker-factored `F̂` in its place. Parameters without a block follow a plain rule
+(`plain_updates.py`); their part of the prediction is of first order. Left out: when to
+take a step, and whether (the optimizer's business).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
 from .options import Damping, QModel, TrustRegion
+from .plain_updates import plain_options, propose_plain
 from .quadratic_model import (
     QuadraticModel,
     TermWeights,
@@ -115,10 +117,16 @@ class UpdateRule:
         include = self.rule is not None and self.rule.include_damping
         return self.total_damping() if include else self._l2_reg()
 
-    def owned(self, params: list[Tensor]) -> set[Tensor]:
-        """Return those whose step the blocks make."""
-        blocks = self._ready_blocks(params)
-        return {p for block in blocks for p in block.params}
+    def plain_rules(self, params: list[Tensor]) -> dict[Tensor, str]:
+        """Return the rules of those whose step no block makes."""
+        owned = {p for block in self._ready_blocks(params) for p in block.params}
+        groups = self._groups()
+        others = [p for p in params if p not in owned]
+        return {p: self._plain_options(p, groups[p])["rule"] for p in others}
+
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        groups = self._optimizer.param_groups
+        return {p: group for group in groups for p in group["params"]}
 
     def _ready_blocks(self, params: list[Tensor]) -> list[FisherBlock]:
         """The blocks that have statistics, and a gradient for every parameter."""
@@ -139,71 +147,83 @@ class UpdateRule:
         """Return the step from here; changes nothing."""
         blocks = self._ready_blocks(params)
         owned: set[Tensor] = {p for block in blocks for p in block.params}
-        if not self.modelled:
-            step = self._propose_fixed(blocks, owned, params, grads)
-            if with_prediction:
-                step.predicted_change = self._kronecker_change(blocks, step, grads)
-            return step
-        if not owned:
-            return self._propose_fixed(blocks, owned, params, grads)
         inside = [p in owned for p in params]
-        outside = [not flag for flag in inside]
-        step = self._propose_modelled(blocks, trial, *_select(inside, params, grads))
-        if len(step.params) == len(params):
+        if not owned:
+            return self._propose_plain(params, grads)
+        mine = _select(inside, params, grads)
+        if self.modelled:
+            step = self._propose_modelled(blocks, trial, *mine)
+        else:
+            step = self._propose_fixed(blocks, *mine)
+            if with_prediction:
+                step.predicted_change = self._kronecker_change(blocks, step, mine[1])
+        if len(owned) == len(params):
             return step
-        rest = _select(outside, params, grads)
-        plain = self._propose_fixed([], owned, *rest)
-        linear = _dot(rest[1], plain.deltas)
-        merged = {
-            p: (delta, memory)
-            for part in (step, plain)
-            for p, delta, memory in zip(part.params, part.deltas, part.memory, strict=True)
-        }
+        rest = _select([not flag for flag in inside], params, grads)
+        plain = self._propose_plain(*rest)
+        if step.predicted_change is not None:
+            step.predicted_change = step.predicted_change + plain.prediction()
         return replace(
             step,
-            params=params,
-            deltas=[merged[p][0] for p in params],
-            memory=[merged[p][1] for p in params],
-            predicted_change=step.prediction() + linear,
+            params=step.params + plain.params,
+            deltas=step.deltas + plain.deltas,
+            memory=step.memory + plain.memory,
             finite=step.finite & plain.finite.to(step.finite.device),
         )
 
+    def _propose_plain(self, params: list[Tensor], grads: list[Tensor]) -> Step:
+        """The step of parameters without a block, to first order in the loss."""
+        groups = self._groups()
+        options = [self._plain_options(p, groups[p]) for p in params]
+        states = [self._optimizer.state.get(p, {}) for p in params]
+        step = propose_plain(params, grads, options, states)
+        change = _dot(grads, step.deltas)
+        group = self._group
+        return Step(
+            params,
+            step.deltas,
+            step.memory,
+            change.isfinite(),
+            group["lr"],
+            group["momentum"],
+            change,
+        )
+
+    def _plain_options(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        if "rule" not in group:  # its block has no statistics, or the group is the user's
+            rule = "adamw" if group["lr"] is None else "sgd"
+            return {**group, **plain_options(rule, group["lr"], group["momentum"])}
+        if group["lr"] is None:
+            raise ValueError(
+                f"KFAC.step(): {self._names.get(p, '?')}: expected an lr for parameters "
+                "without a K-FAC block, which the quadratic model leaves out, got None; "
+                'set optimizer.param_groups[1]["lr"], or use fallback="adamw"'
+            )
+        return group
+
     def _propose_fixed(
-        self,
-        blocks: list[FisherBlock],
-        owned: set[Tensor],
-        params: list[Tensor],
-        grads: list[Tensor],
+        self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
     ) -> Step:
-        """`η` and `μ` are given: `"regular"`, `"adam"` and parameters without a block."""
-        options = {
-            p: group for group in self._optimizer.param_groups for p in group["params"]
-        }
-        lrs = [options[p]["lr"] for p in params]
-        if None in lrs:
-            self._refuse_without_lr(p for p in params if options[p]["lr"] is None)
-        # Parameters without a block are not part of the norm and are not scaled.
-        lr2 = [options[p]["lr"] ** 2 if p in owned else 0.0 for p in params]
-        momenta = [options[p]["momentum"] for p in params]
+        """`η` and `μ` are given: `"regular"` and `"adam"`."""
+        group = self._group
+        lr, momentum = group["lr"], group["momentum"]
         velocities = self._remembered(params, "momentum_buffer")
         if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momenta))
+            velocities = list(torch._foreach_mul(velocities, momentum))
             torch._foreach_add_(velocities, grads)
             updates = self._precondition(blocks, params, velocities)
-            finite = self._limit(updates, velocities, lr2)
+            finite = self._limit(updates, velocities, lr)
         else:
             directions = self._precondition(blocks, params, grads)
-            finite = self._limit(directions, grads, lr2)
-            velocities = list(torch._foreach_mul(velocities, momenta))
+            finite = self._limit(directions, grads, lr)
+            velocities = list(torch._foreach_mul(velocities, momentum))
             torch._foreach_add_(velocities, directions)
             updates = velocities
-        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
-        for p, delta in zip(params, deltas, strict=True):
-            if options[p]["weight_decay"]:
-                delta.add_(p, alpha=-options[p]["lr"] * options[p]["weight_decay"])
-        memory = [("momentum_buffer", velocity) for velocity in velocities]
-        group = self._group
-        return Step(params, deltas, memory, finite, group["lr"], group["momentum"])
+        deltas = list(torch._foreach_mul(updates, -lr))
+        if group["weight_decay"]:
+            torch._foreach_add_(deltas, params, alpha=-lr * group["weight_decay"])
+        memory = [{"momentum_buffer": velocity} for velocity in velocities]
+        return Step(params, deltas, memory, finite, lr, momentum)
 
     def _propose_modelled(
         self,
@@ -233,7 +253,7 @@ class UpdateRule:
         return Step(
             params,
             deltas,
-            [("previous_update", delta) for delta in deltas],
+            [{"previous_update": delta} for delta in deltas],
             torch.cat([weights, model.slopes]).isfinite().all(),
             -weights[0],
             weights[1] if len(weights) > 1 else torch.zeros_like(weights[0]),
@@ -353,29 +373,18 @@ class UpdateRule:
             result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
         return [result[p].to(p.dtype) for p in params]
 
-    def _limit(
-        self, directions: list[Tensor], grads: list[Tensor], lr2: list[float]
-    ) -> Tensor:
+    def _limit(self, directions: list[Tensor], grads: list[Tensor], lr: float) -> Tensor:
         """Scale `p` by `κ` in place; return whether it is finite, 0-dim."""
         dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
         dtype = torch.promote_types(dtype, torch.float32)
         pairs = zip(directions, grads, strict=True)
         dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
-        products = torch.stack([dot.to(dots[0].device) for dot in dots])
+        total = torch.stack([dot.to(dots[0].device) for dot in dots]).sum()
         constraint = self._group["norm_constraint"]
-        inside = [d for d, weight in zip(directions, lr2, strict=True) if weight]
-        if constraint is not None and inside:
-            norm = torch.dot(products, products.new_tensor(lr2)).clamp(min=0)
-            torch._foreach_mul_(inside, (constraint / norm).sqrt().clamp(max=1.0))
-        return products.isfinite().all()
-
-    def _refuse_without_lr(self, params: Iterable[Tensor]) -> None:
-        names = ", ".join(sorted(self._names.get(p, "?") for p in params))
-        raise ValueError(
-            f"KFAC.step(): {names}: expected an lr for parameters without a K-FAC block, "
-            f"which the quadratic model leaves out, got None; set "
-            'optimizer.param_groups[1]["lr"] (or lr=), or do not train them'
-        )
+        if constraint is not None and lr:
+            norm = (lr**2 * total).clamp(min=0)
+            torch._foreach_mul_(directions, (constraint / norm).sqrt().clamp(max=1.0))
+        return total.isfinite()
 
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
