@@ -99,9 +99,6 @@ class TrustRegion:
                 )
 
 
-AUTOMATIC = QModel(batch_fraction=0.25, min_terms=256, max_momentum=0.95)
-
-
 AbsoluteDamping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
 Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
 
@@ -221,3 +218,6 @@ def check_count(name: str, value: int, at_least: int) -> None:
     """Raise ValueError unless `value` is an integer that is large enough."""
     if not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name}: expected an integer >= {at_least}, got {value!r}")
+
+
+AUTOMATIC = QModel(batch_fraction=0.25, min_terms=256, max_momentum=0.95)
