@@ -333,7 +333,7 @@ class GradientProbe:
         self._handle = param.register_hook(hook)
 
     def _add(self, grad: Tensor) -> None:
-        self._sum = grad if self._sum is None else self._sum + grad
+        self._sum = grad.clone() if self._sum is None else self._sum + grad
 
     def clear(self) -> None:
         """Forget what has come."""

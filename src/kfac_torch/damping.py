@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -270,8 +270,8 @@ class RelativeDamping:
     0.01
     """
 
-    damping: float | Callable[[int], float] | LevenbergMarquardt = LevenbergMarquardt(
-        initial=0.1, min_damping=1e-3
+    damping: float | Callable[[int], float] | LevenbergMarquardt = field(
+        default_factory=lambda: LevenbergMarquardt(initial=0.1, min_damping=1e-3)
     )
 
     def __post_init__(self) -> None:

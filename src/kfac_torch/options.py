@@ -103,6 +103,11 @@ AbsoluteDamping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquard
 Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
 
 
+def automatic() -> QModel:
+    """Return the momentum type of an optimizer that was given no `lr`."""
+    return QModel(batch_fraction=0.25, min_terms=256, max_momentum=0.95)
+
+
 def resolve(
     lr: float | None,
     momentum_type: str | QModel | None,
@@ -116,15 +121,15 @@ def resolve(
     >>> resolve(None, None, None, "auto")[2]
     TrustRegion(fraction=0.1, unit=None)
     """
-    automatic = momentum_type is None and lr is None
+    is_automatic = momentum_type is None and lr is None
     if momentum_type is None:
-        momentum_type = AUTOMATIC if automatic else "regular"
+        momentum_type = automatic() if is_automatic else "regular"
     elif momentum_type in ("qmodel", "qmodel_fixedmu"):
         momentum_type = QModel(fixed_momentum=momentum_type == "qmodel_fixedmu")
     if damping is None:
         modelled = isinstance(momentum_type, QModel)
         damping = RelativeDamping() if modelled else RelativeDamping(0.1)
-    if automatic and norm_constraint == "auto":
+    if is_automatic and norm_constraint == "auto":
         norm_constraint = TrustRegion()
     return momentum_type, damping, norm_constraint
 
@@ -184,7 +189,7 @@ def group_options(
             "norm_constraint",
             limit,
             limit is None or (isinstance(limit, float | int) and limit > 0),
-            'a positive number, a TrustRegion or None, or "auto"',
+            'a positive number or None, a TrustRegion or "auto"',
         ),
     ):
         if not good:
@@ -218,6 +223,3 @@ def check_count(name: str, value: int, at_least: int) -> None:
     """Raise ValueError unless `value` is an integer that is large enough."""
     if not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name}: expected an integer >= {at_least}, got {value!r}")
-
-
-AUTOMATIC = QModel(batch_fraction=0.25, min_terms=256, max_momentum=0.95)
