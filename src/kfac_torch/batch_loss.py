@@ -49,7 +49,7 @@ class BatchLoss:
     ) -> None:
         self.forwards = [forward for forward in forwards if forward.arrived]
         self._sums, self._factor = sums, factor
-        self._means_each, self._scale = means_each, scale
+        self._means_each, self.scale = means_each, scale
         counts = zip(*([p.terms for p in f.parts] for f in self.forwards), strict=True)
         self._terms = [sum(terms) for terms in counts]
 
@@ -102,7 +102,7 @@ class BatchLoss:
         assert part.gradient is not None
         g = part.gradient.to(torch.promote_types(part.gradient.dtype, torch.float32))
         g = g * ((1.0 if self._sums else terms) / (part.coeff * self._factor))
-        return g if self._scale is None else g / self._scale.to(g)
+        return g if self.scale is None else g / self.scale.to(g)
 
 
 def scale_of(ratio: Tensor) -> Tensor:

@@ -326,7 +326,8 @@ class KFAC(torch.optim.Optimizer):
             return
         new_loss, rho = trial.judge(trial.step, rule)
         self.last_step = replace(record, new_loss=new_loss, rho=rho)
-        self._set_damping(rule.update(record.damping, rho))
+        if rho is not None:
+            self._set_damping(rule.update(record.damping, rho))
 
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
@@ -441,6 +442,8 @@ class KFAC(torch.optim.Optimizer):
                 _, rho = trial.judge(step, rule)
             finally:
                 torch._foreach_copy_(params, before)
+            if rho is None:
+                return
             old = group["damping"]
             new = rule.update(old, rho)
             if (new - old) * last < 0:

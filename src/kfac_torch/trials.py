@@ -10,6 +10,7 @@ Left out: where the parameters are, and what follows from the ratio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,9 +100,13 @@ class Trial:
         self,
         step: Step,
         rule: LevenbergMarquardt,
-    ) -> tuple[Tensor | float | None, float]:
-        """Return the loss where a step has led to, and `ρ`; reads the host."""
+    ) -> tuple[Tensor | float | None, float | None]:
+        """Return the loss where a step has led to, and `ρ`; reads the host.
+
+        `ρ` is None where the scale of the gradient is not known, and with it the loss.
+        """
         old, predicted_change = self.loss, step.prediction()
+        scale: Tensor | float | None = self.batch.scale
         if self._closure is None:
             actual = self._told_change()
             if rule.l2_reg:  # ℓ/2 (‖θ + δ‖² − ‖θ‖²), which the network output knows not
@@ -111,12 +116,11 @@ class Trial:
         else:
             assert old is not None
             new = check_evaluation(self._again()) / self.num_terms
-            actual = new - old
-        both = torch.stack(
-            [torch.as_tensor(x).to(predicted_change) for x in (actual, predicted_change)]
-        )
-        change, predicted = both.tolist()
-        return new, rule.ratio(change, predicted)
+            actual, scale = new - old, None
+        read = (actual, predicted_change, 1.0 if scale is None else scale)
+        numbers = torch.stack([torch.as_tensor(x).to(predicted_change) for x in read])
+        change, predicted, known = numbers.tolist()
+        return new, None if math.isnan(known) else rule.ratio(change, predicted)
 
     def _told_change(self) -> Tensor:
         now = random_state(self._device)
