@@ -12,7 +12,8 @@ with `κ = min(1, sqrt(c / (η² pᵀF̂p)))`, so that a step without momentum m
 distribution by about `c/2` nats (Martens & Grosse 2015, arXiv 1503.05671, section 6;
 Ba et al. 2017 for `c`). With `"qmodel"` α and μ minimise the quadratic model of the loss,
 `gᵀδ + ½ δᵀ(F + λI)δ` (section 7 of the former; `"qmodel_fixedmu"`: α alone), and the
-constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`. Weight decay is
+constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`; a trust region is
+`δᵀFδ <= fraction · loss`. Weight decay is
 decoupled: `δ −= η·decay·θ`; with the model, `p += decay·θ`. Parameters without a block
 follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 """
@@ -56,7 +57,10 @@ _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 
 
 class KFAC(torch.optim.Optimizer):
     """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
-    and embeddings of a model, momentum for its other parameters.
+    and embeddings of a model, another rule for its other parameters.
+
+    Without an `lr` it is automatic: step size and momentum are those of the quadratic
+    model, a trust region limits the step, λ starts relative to the curvature and adapts.
 
     On a step where statistics are due, a hook on the model's forward draws targets from
     the model's own output and takes gradients to the layer outputs: the true Fisher,
@@ -81,22 +85,26 @@ class KFAC(torch.optim.Optimizer):
         layer_collection: the layers and their approximations, and maybe the losses;
             every linear layer, convolution and embedding if None.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
-            group option. With the quadratic model a factor on the step that it finds;
-            None is 1 (for a scheduler, say 1.0).
+            group option. None is automatic. With the quadratic model a factor on the step
+            that it finds; None is 1 (for a scheduler, say 1.0).
         damping: λ, added to the Fisher of the mean loss, in its units: those of the loss
             per squared parameter. 0 is allowed where no factor is singular. A number,
             which may be changed as `param_groups[0]["damping"]` and is read at each
             refresh; a callable of the number of steps taken; or a `LevenbergMarquardt`,
-            which adapts it and needs `step(closure)`.
+            which adapts it. Any of them in a `RelativeDamping` is in units of the mean
+            curvature at the start. None is `RelativeDamping()`, which adapts, with the
+            quadratic model, else a constant `RelativeDamping(0.1)`.
         momentum: `μ` in [0, 1); None is 0.9; a param group option. `"qmodel"` finds it.
         weight_decay: decoupled, per unit of `lr`; a param group option.
-        norm_constraint: `c`, in nats of squared Fisher norm, or None for no limit;
-            `"auto"` is 1e-3, and None with the quadratic model. May be changed as
-            `param_groups[0]["norm_constraint"]`.
+        norm_constraint: `c`, in nats of squared Fisher norm, or a `TrustRegion`, a part of
+            the loss, with the quadratic model, or None for no limit; `"auto"` is 1e-3,
+            None with the quadratic model, and `TrustRegion()` where all is automatic.
+            May be changed as `param_groups[0]["norm_constraint"]` or `["trust_region"]`.
         momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
-            or a `QModel`, which has options.
+            or a `QModel`, which has options. None is `"regular"` with an `lr`, else the
+            quadratic model of a quarter of the batch, with a momentum of at most 0.95.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
@@ -117,6 +125,7 @@ class KFAC(torch.optim.Optimizer):
 
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
+        damping_unit: the mean curvature at the start, where damping is relative.
         skipped_steps: how many were left out.
 
     Raises:
@@ -127,7 +136,7 @@ class KFAC(torch.optim.Optimizer):
             predict by (a chain over time); the quadratic model needs none.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    >>> optimizer = KFAC(model, loss="categorical", lr=0.1, damping=1e-2)
+    >>> optimizer = KFAC(model, loss="categorical")
     >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
@@ -247,18 +256,19 @@ class KFAC(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model on this step's batch, calls `backward` and
-                returns the loss; optional, unless λ adapts. It is then called again after
-                the step where an adaptation is due, with the same random numbers; that
-                call leaves no trace: gradients, buffers and random state are put back. If
-                it raises, the step has been taken, and λ stays.
+                returns the loss; optional. Where λ adapts it is called again after the
+                step when an adaptation is due, with the same random numbers; that call
+                leaves no trace: gradients, buffers and random state are put back. If it
+                raises, the step has been taken, and λ stays. Without one the change of
+                the loss is read off the gradient at the network output.
 
         Returns:
             What the closure returned, at first.
 
         Raises:
             RuntimeError: on the first step, if there was no forward in training mode.
-            ValueError: λ adapts and there is no closure; a parameter without a block has
-                no `lr`.
+            ValueError: a `LevenbergMarquardt` was given and there is no closure, nor does
+                the gradient tell the loss; a parameter without a block has no `lr`.
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
                 inverses are unchanged. A λ that adapts is raised instead.
         """
