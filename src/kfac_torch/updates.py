@@ -296,11 +296,18 @@ class UpdateRule:
 
         def forwards() -> Iterable[Callable[..., Any]]:
             for call in calls:
-                set_random_state(call.random_state, device)
                 args, kwargs = every_kth(
                     call.args, call.kwargs, self._stride(call), self.num_steps
                 )
-                yield rerun(uncompiled(self._model), args, kwargs)
+                run = rerun(uncompiled(self._model), args, kwargs)
+
+                def forward(
+                    params: Mapping[str, Tensor], call: RootCall = call, run: Any = run
+                ) -> Any:
+                    set_random_state(call.random_state, device)
+                    return run(params)
+
+                yield forward
 
         try:
             curvature = fisher_products(

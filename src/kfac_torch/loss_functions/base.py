@@ -108,8 +108,8 @@ class LossFunction(abc.ABC):
     def evaluate_on_targets(self, targets: Tensor) -> Tensor:
         """Return the loss at `targets`, 0-dim."""
 
-    def _at(self, z: Tensor) -> Self:
-        """This loss with other inputs."""
+    def at(self, z: Tensor) -> Self:
+        """Return this loss with other inputs, a shallow copy."""
         other = copy.copy(self)
         other._inputs = z
         return other
@@ -275,7 +275,7 @@ class LossFunction(abc.ABC):
         """
         if self._targets is None:
             return None
-        return self._at(outputs).evaluate_on_targets(self._targets) - self.evaluate()
+        return self.at(outputs).evaluate_on_targets(self._targets) - self.evaluate()
 
     def size_from_gradient(
         self, gradient: Tensor, weights: Tensor | None = None
@@ -308,7 +308,7 @@ class NegativeLogProbLoss(LossFunction):
         targets = self.sample(generator)
         with torch.enable_grad():
             z = self._inputs.detach().requires_grad_()
-            return torch.autograd.grad(self._at(z).evaluate_on_targets(targets), z)[0]
+            return torch.autograd.grad(self.at(z).evaluate_on_targets(targets), z)[0]
 
 
 def insert_slice_in_zeros(slice: Tensor, dim: int, size: int, pos: int) -> Tensor:

@@ -63,7 +63,7 @@ class ConvexLoss(LossFunction):
 
     def _multiply_hessian(self, vectors: Tensor, batched: bool = False) -> Tensor:
         targets = self._targets_of_hessian
-        gradient = torch.func.grad(lambda z: self._at(z).evaluate_on_targets(targets))
+        gradient = torch.func.grad(lambda z: self.at(z).evaluate_on_targets(targets))
         pullback = torch.func.vjp(gradient, self._inputs.detach())[1]
         multiply = torch.vmap(pullback) if batched else pullback
         return multiply(vectors)[0]
@@ -172,7 +172,7 @@ class NaturalParamsNegativeLogProbLoss(NegativeLogProbLoss, ConvexLoss):
         y = self._targets_of_hessian
         with torch.enable_grad():
             z = self._inputs.detach().requires_grad_()
-            here = self._at(z).evaluate_on_targets(y)
+            here = self.at(z).evaluate_on_targets(y)
             (slope,) = torch.autograd.grad(here, z)
-        there = self._at(outputs).evaluate_on_targets(y)
+        there = self.at(outputs).evaluate_on_targets(y)
         return there - here.detach() + ((gradient - slope) * (outputs - z.detach())).sum()

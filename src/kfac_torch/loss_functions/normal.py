@@ -218,8 +218,8 @@ class NormalMeanVarianceNegativeLogProbLoss(NegativeLogProbLoss):
         """Return the change at the targets, which the gradient at the mean tells."""
         mean, variance = self._inputs.detach().chunk(2, -1)
         targets = mean - variance * gradient.chunk(2, -1)[0]
-        there = self._at(outputs).evaluate_on_targets(targets)
-        return there - self._at(self._inputs.detach()).evaluate_on_targets(targets)
+        there = self.at(outputs).evaluate_on_targets(targets)
+        return there - self.at(self._inputs.detach()).evaluate_on_targets(targets)
 
     def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return `Σ (y − mean)²/(2 variance)`, about ½ a coordinate after some training."""
