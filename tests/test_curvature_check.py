@@ -462,7 +462,6 @@ def test_the_model_is_left_as_it_was():
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     layers = everything(model)
-    layers.register_scale_and_shift(model[1])
     check_curvature(model, "categorical", x, layer_collection=layers)
     after = [*params, *(p.grad for p in params), *model.buffers()]
     for tensor, copy, now in zip(tensors, copies, after, strict=True):

@@ -29,11 +29,19 @@ class Zoo(nn.Module):
         self.norm = nn.LayerNorm(3)
         self.batch_norm = nn.BatchNorm2d(3)
         self.embedding = nn.Embedding(5, 3)
+        self.bag = nn.EmbeddingBag(5, 3)
+        self.bilinear = nn.Bilinear(2, 2, 3)
+        self.tied = nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)])
+        self.tied[1].weight = self.tied[0].weight
         self.attention = nn.MultiheadAttention(4, 2)
         self.gru = nn.GRU(2, 3)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
         self.scale = nn.Parameter(torch.ones(2))
         self.offset = nn.Parameter(torch.zeros(2, 2))
+
+    def layer(self, name):
+        """What a layer is registered by: a module, or all that share its weight."""
+        return list(self.tied) if name == "tied.0" else self.get_submodule(name)
 
 
 class Subclass(nn.Linear):
@@ -53,6 +61,9 @@ REGISTER = {
     "conv_transpose": ("register_conv_transpose", "transposed"),
     "depthwise_conv2d": ("register_depthwise_conv2d", "depthwise"),
     "embedding": ("register_embedding", "embedding"),
+    "embedding_bag": ("register_embedding_bag", "bag"),
+    "tied_embedding": ("register_tied_embedding", "tied.0"),
+    "bilinear": ("register_bilinear", "bilinear"),
     "scale_and_shift": ("register_scale_and_shift", "norm"),
     "fully_connected_multi": ("register_fully_connected_multi", "linear"),
     "conv2d_multi": ("register_conv2d_multi", "conv2"),
@@ -92,6 +103,11 @@ EXPECTED = {
     },
     "embedding": dict.fromkeys(KRON, fb.EmbeddingKFACFB)
     | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+    "embedding_bag": dict.fromkeys(KRON, fb.EmbeddingBagKFACFB)
+    | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+    "tied_embedding": dict.fromkeys(KRON, fb.TiedEmbeddingFB),
+    "bilinear": dict.fromkeys(KRON, fb.BilinearKFACFB)
+    | {"diagonal": fb.BilinearDiagonalFB, "full": fb.FullFB},
     "scale_and_shift": {
         "full": fb.ScaleAndShiftFullFB,
         "diagonal": fb.ScaleAndShiftDiagonalFB,
@@ -133,7 +149,7 @@ def test_every_approximation_of_every_kind_can_be_registered(kind, approx):
     model = Zoo()
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
-    getattr(layers, method)(model.get_submodule(name), approx)
+    getattr(layers, method)(model.layer(name), approx)
     blocks = layers.get_blocks()
     assert kinds(layers) == expected_kinds(kind, approx)
     assert {id(p) for block in blocks for p in block.params} == {
@@ -171,7 +187,7 @@ def test_which_sides_are_diagonal(kind, approx, diagonal):
     model = Zoo()
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
-    getattr(layers, method)(model.get_submodule(name), approx)
+    getattr(layers, method)(model.layer(name), approx)
     for block in layers.get_blocks():
         block.instantiate_factors(0.1)
     stored = [factor.get_cov_var().dim() == 1 for factor in layers.get_factors()]
@@ -184,7 +200,7 @@ def test_an_unknown_approximation(kind):
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
     with pytest.raises(ValueError, match=f"layer {name}: approx: expected one of .*'tri'"):
-        getattr(layers, method)(model.get_submodule(name), "tri")
+        getattr(layers, method)(model.layer(name), "tri")
     assert not layers.blocks
 
 
@@ -193,7 +209,7 @@ def test_an_unknown_approximation(kind):
     ("method", "name"), [m for kind, m in REGISTER.items() if kind != "generic"]
 )
 def test_a_layer_of_another_kind(method, name, approx):
-    if "multi" in method:
+    if "multi" in method or "tied" in method:
         approx = None
     model = Zoo()
     layers = LayerCollection(model)
@@ -391,12 +407,17 @@ def test_what_is_registered_automatically():
         "depthwise": fb.ConvKFCBasicFB,
         "pointwise": fb.ConvKFCBasicFB,
         "transposed": fb.ConvTransposeKFCFB,
+        "norm": fb.ScaleAndShiftFullFB,
+        "batch_norm": fb.ScaleAndShiftFullFB,
         "embedding": fb.EmbeddingKFACFB,
+        "bag": fb.EmbeddingBagKFACFB,
+        "bilinear": fb.BilinearKFACFB,
+        "tied.0": fb.TiedEmbeddingFB,
         **expected_kinds("attention", "kron"),
         **expected_kinds("recurrent", "kron"),
     }
     layers.auto_register_layers()  # nothing is left
-    assert len(layers.blocks) == 13
+    assert len(layers.blocks) == 18
     layers.register_fully_connected(model.subclass)  # where one knows what it computes
     assert layers.blocks["subclass"].params[0] is model.subclass.weight
 
@@ -435,11 +456,13 @@ def test_layers_that_share_a_part_are_left_alone():
         ValueError, match="expected modules that share all their parameters"
     ):
         layers.register_fully_connected_multi([model[0], model[1]])
-    tied = nn.ModuleDict({"in": nn.Embedding(5, 2), "out": nn.Linear(2, 5, bias=False)})
-    tied["out"].weight = tied["in"].weight
-    layers = LayerCollection(tied)
+    assert layers.left_alone.keys() == {"0", "1"}
+    mixed = nn.ModuleDict({"in": nn.Conv1d(2, 5, 1), "out": nn.Bilinear(2, 1, 5)})
+    mixed["out"].weight = mixed["in"].weight
+    layers = LayerCollection(mixed)
     layers.auto_register_layers()
     assert not layers.blocks
+    assert "another kind of layer" in layers.left_alone["in"]
 
 
 # Defaults.
@@ -454,7 +477,7 @@ def test_default_approximations(kind, approx):
     getattr(layers, f"set_{spelled_out}")(approx)
     assert layers.default_approximation(kind) == getattr(layers, spelled_out) == approx
     method, name = REGISTER[kind]
-    getattr(layers, method)(model.get_submodule(name))
+    getattr(layers, method)(model.layer(name))
     assert kinds(layers) == expected_kinds(kind, approx)
     # A collection's defaults are its own.
     other = LayerCollection(model)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .capture import LayerCall, RootCall
 from .loss_collection import LossCollection
 from .loss_functions import LossFactory, LossFunction
+from .use_count import UseWatch
 
 _MAX_WAITING = 8
 
@@ -109,11 +110,13 @@ class Forwards:
         losses: of the model.
         gather: takes the statistics of a forward, from its calls and network outputs,
             while the graph is whole.
+        use_watch: counts uses of parameters where a backward first reaches an output.
     """
 
-    def __init__(self, losses: LossCollection, gather: Gather) -> None:
+    def __init__(self, losses: LossCollection, gather: Gather, use_watch: UseWatch) -> None:
         self._losses = losses
         self._gather = gather
+        self._use_watch = use_watch
         self._waiting: list[Forward] = []
         self._busy = False
         self.arrived: list[Forward] = []
@@ -163,11 +166,18 @@ class Forwards:
         if self._busy:  # it is our own
             return
         part, first = forward.parts[index], not forward.arrived
+        derivative = torch.is_grad_enabled()
+        if derivative:
+            self._use_watch.see_derivative()
+        if not self._use_watch.counted and forward.outputs:
+            calls = [call for other in self._waiting for call in other.calls]
+            outputs = [z for other in self._waiting for z in other.outputs]
+            self._use_watch.see(calls, outputs)
         if first:
             forward.arrived = True
             self._waiting.remove(forward)
             self.arrived.append(forward)
-        if not torch.is_grad_enabled():
+        if not derivative:
             # A gradient that is itself to be differentiated (a penalty on it, say) is not
             # the loss's. Several backwards through one graph add up, as they do in .grad.
             gradient = gradient.detach()

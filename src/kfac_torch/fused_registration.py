@@ -8,7 +8,7 @@ the module and the part: `encoder.in_proj`, `lstm.hh_l0`. Left out: parameters o
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from torch import nn
@@ -127,15 +127,8 @@ class FusedRegistration(abc.ABC):
                 del self.blocks[added], self._uses[added]
             raise
 
-    def _register_if_free(
-        self, module: nn.Module, owners: Mapping[int, int], taken: Sequence[int] | set[int]
-    ) -> None:
-        """Register a fused layer, but for one whose parameters are shared, registered or
-        linked otherwise.
-        """
+    def _parts_linked_otherwise(self, module: nn.Module) -> bool:
+        """Whether a fused layer's parameters are linked, but not as its parts."""
         groups = [frozenset(map(id, part.params)) for part in linear_parts(module)]
         ids = frozenset[int]().union(*groups)
-        alone = all(owners[i] == 1 for i in ids) and not ids.intersection(taken)
-        linked = any(group & ids and group not in groups for group in self._linked)
-        if ids and alone and not linked:
-            self._register_fused(FUSED_LAYERS[type(module)], module, None, None)
+        return any(group & ids and group not in groups for group in self._linked)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import uncompiled
+from .coverage import CoverageReport
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .layer_collection import LayerCollection
@@ -214,6 +215,10 @@ class KFAC(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove every hook from the model."""
         self.estimator.close()
+
+    def report(self) -> CoverageReport:
+        """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
+        return self.estimator.layers.report()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.
@@ -554,8 +559,9 @@ def _complete(
     if not layers.blocks:
         raise ValueError(
             f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-            "nn.Linear, an nn.Conv1d/2d/3d, an nn.ConvTranspose1d/2d/3d or an nn.Embedding "
-            "with a trained weight that no module of another kind shares"
+            "nn.Linear, a convolution, an embedding, a normalisation or another layer of "
+            "registration.KINDS with a trained weight; left alone: "
+            f"{layers.left_alone or 'nothing'}"
         )
     if (loss is None) == (not layers.registered_losses):
         given = "neither" if loss is None else "both"

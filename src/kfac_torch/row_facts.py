@@ -31,6 +31,7 @@ from .fisher_blocks import (
 from .fisher_blocks.conv_transpose import ConvTransposeFB
 from .fisher_blocks.normalization import ScaleAndShiftFB
 from .fisher_blocks.reduce import ReduceFB
+from .fisher_blocks.tied import TiedEmbeddingFB
 from .fisher_factors import (
     ConvInputKroneckerFactor,
     ConvInputSUAKroneckerFactor,
@@ -73,7 +74,9 @@ class RowFacts:
 
     def _mask(self, inputs: Tensor) -> Tensor | None:
         padding = getattr(self._module, "padding_idx", None)
-        return None if padding is None else inputs.flatten() != padding
+        if padding is None or inputs.is_floating_point():  # of bags
+            return None
+        return inputs.flatten() != padding
 
     def _rows(self, grad: Tensor, mask: Tensor | None) -> Tensor:
         """Bring `[S, *output.shape]` to `[S, R, groups, size]`."""
@@ -144,6 +147,11 @@ def _resolution(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps ** 0.5
 
 
+def has_rows(block: FisherBlock) -> bool:
+    """Whether a block is of one layer, whose rows all have the same sizes."""
+    return bool(block.modules) and not isinstance(block, TiedEmbeddingFB)
+
+
 def is_diagonal(block: FisherBlock) -> bool:
     """Whether a block is the diagonal of one."""
     return len(block.factors) == 1 and isinstance(block.factors[0], DiagonalFactor)
@@ -154,6 +162,8 @@ def expectation(block: FisherBlock, facts: RowFacts | None) -> tuple[bool, str]:
     kind = "diagonal" if is_diagonal(block) else "full block"
     if block.needs_param_grads:
         return True, f"the {kind} of every example's gradient"
+    if isinstance(block, TiedEmbeddingFB):
+        return False, "two uses of a weight are taken as one product"
     if facts is None or not facts.num_rows:
         return False, "nothing is known of this block"
     if not facts.examples_apart:

@@ -4,6 +4,10 @@ from .base import (
     FisherBlock as FisherBlock,
     Moment as Moment,
 )
+from .bilinear import (
+    BilinearDiagonalFB as BilinearDiagonalFB,
+    BilinearKFACFB as BilinearKFACFB,
+)
 from .conv import (
     ConvDiagonalFB as ConvDiagonalFB,
     ConvKFCBasicFB as ConvKFCBasicFB,
@@ -18,6 +22,7 @@ from .embedding import (
     EmbeddingKFACFB as EmbeddingKFACFB,
     EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,
 )
+from .embedding_bag import EmbeddingBagKFACFB as EmbeddingBagKFACFB
 from .fused import (
     LinearMapFB as LinearMapFB,
     LinearPart as LinearPart,
@@ -46,3 +51,4 @@ from .reduce import (
     ConvTransposeKFCReduceFB as ConvTransposeKFCReduceFB,
     FullyConnectedKFACReduceFB as FullyConnectedKFACReduceFB,
 )
+from .tied import TiedEmbeddingFB as TiedEmbeddingFB
