@@ -90,10 +90,6 @@ def embedding():
     return nn.Embedding(5, 3)
 
 
-def linear_map(module, index=0, **kwargs):
-    return fb.LinearMapFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
-
-
 def conv1d():
     return Conv1D(2, 3)
 
@@ -110,6 +106,10 @@ def tied():
     embedding, head = nn.Embedding(5, 3, padding_idx=1), nn.Linear(3, 5)
     head.weight = embedding.weight
     return [embedding, head]
+
+
+def linear_map(module, index=0, **kwargs):
+    return fb.LinearMapFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
 
 
 def params():

@@ -24,6 +24,11 @@ INPUTS = {
     "depthwise": lambda: torch.randn(6, 4, 5, 5),
     "embedding": lambda: torch.randint(5, (6,)),
     "norm": lambda: torch.randn(6, 3),
+    "bag": lambda: torch.randint(5, (6, 3)),
+    "bilinear": lambda: torch.randn(6, 2),
+    "tied.0": lambda: torch.randint(5, (6,)),
+    "attention": lambda: torch.randn(6, 3, 4),
+    "gru": lambda: torch.randn(6, 3, 2),
 }
 EVERY = [
     (kind, approx, above)
@@ -38,10 +43,21 @@ class Alone(nn.Module):
 
     def __init__(self, name, calls=1):
         super().__init__()
-        self.layer, self.calls = Zoo().get_submodule(name), calls
+        layer = Zoo().layer(name)
+        self.layer = nn.ModuleList(layer) if isinstance(layer, list) else layer
+        self.calls = calls
 
     def forward(self, x):
-        return sum(self.layer(x) for _ in range(self.calls)).flatten(1)
+        return sum(self.call(x) for _ in range(self.calls)).flatten(1)
+
+    def call(self, x):
+        if isinstance(self.layer, nn.ModuleList):
+            return self.layer[1](self.layer[0](x))
+        if isinstance(self.layer, nn.Bilinear):
+            return self.layer(x, x)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.layer(x, x, x)[0]
+        return self.layer(x)[0] if isinstance(self.layer, nn.GRU) else self.layer(x)
 
 
 def held_bytes(factor):
@@ -76,7 +92,8 @@ def registered(kind, approx, above=None, calls=1, options=FactorOptions()):
     model = Alone(name, calls)
     limit = above and SizeLimit(2, above=above)
     layers = LayerCollection(model, options, size_limit=limit)
-    getattr(layers, method)(model.layer, approx)
+    layer = list(model.layer) if kind == "tied_embedding" else model.layer
+    getattr(layers, method)(layer, approx)
     layers.register_normal_predictive_distribution()
     return layers, INPUTS[name]()
 
@@ -89,16 +106,17 @@ def registered(kind, approx, above=None, calls=1, options=FactorOptions()):
 def test_memory_is_known_before_it_is_taken(kind, approx, above, dtype):
     torch.set_default_dtype(dtype)
     layers, x = registered(kind, approx, above, calls=2 if "series" in approx else 1)
-    (planned,) = layers.report().layers
+    planned = layers.report().layers
     assert not layers.get_factors()
     estimator = trained(layers, x)
-    held = sum(held_bytes(factor) for factor in layers.get_factors())
-    (row,) = layers.report().layers
-    assert planned.nbytes == row.nbytes == held > 0
-    assert planned.factors == row.factors
-    assert planned.refresh_cost == row.refresh_cost
-    assert planned.batch_cost is None
-    assert row.batch_cost >= row.row_cost > 0
+    rows = layers.report().layers
+    for before, row in zip(planned, rows, strict=True):
+        held = sum(held_bytes(factor) for factor in layers.blocks[row.name].factors)
+        assert before.nbytes == row.nbytes == held > 0
+        assert before.factors == row.factors
+        assert before.refresh_cost == row.refresh_cost
+        assert before.batch_cost is None
+        assert row.batch_cost >= row.row_cost > 0
     estimator.close()
 
 
@@ -204,9 +222,10 @@ class Large(nn.Module):
 
 def large(size, limit=None):
     layers = LayerCollection(Large(size), size_limit=limit)
-    layers.auto_register_layers()
     layers.register_scale_and_shift(layers.model.norm, "full")
+    layers.auto_register_layers()
     layers.register_generic(layers.model.scale, "full")
+    layers.auto_register_layers()
     return layers.report()
 
 
@@ -577,7 +596,6 @@ def test_the_text_fits_and_names_every_row():
 
     layers = LayerCollection(Long(), size_limit=SizeLimit(10, above="split"))
     layers.auto_register_layers()
-    layers.register_scale_and_shift(layers.model.norm, "diagonal")
     lines = str(layers.report()).splitlines()
     assert max(map(len, lines)) <= coverage.WIDTH
     assert "split" in str(layers.report())

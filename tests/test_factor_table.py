@@ -505,6 +505,11 @@ CASES = {
     "conv diagonal, depthwise": conv_diagonal(DEPTHWISE, True),
     "conv diagonal, mask": conv_diagonal(CONV1, True, MASK),
     "diagonal side": diagonal_kronecker(False, True),
+    "diagonal side of unit trace": diagonal_kronecker(False, True)._replace(
+        make=lambda entries, **options: ff.UnitTraceDiagonalFactor(
+            entries, True, size=4, **options
+        ),
+    ),
     "diagonal side of ids": diagonal_kronecker(True, True),
     "embedding": EMBEDDING,
     "full": of_params(ff.FullFactor),

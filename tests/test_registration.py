@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC, fisher_blocks as fb
+from kfac_torch import KFAC, check_curvature, fisher_blocks as fb
 from kfac_torch.estimator import FisherEstimator
 from kfac_torch.layer_collection import LayerCollection
 from kfac_torch.registration import KINDS, MAX_FULL_SCALES, find_layers, kind_of
@@ -66,12 +66,16 @@ def test_a_convolution_with_its_own_inner_step_is_not_of_its_kind():
     assert kind_of(own(1, 1, 1)) is None
 
 
-def test_attention_is_left_alone_and_its_projection_elsewhere_is_not():
+def test_the_projection_of_attention_is_registered_once():
     out = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
-    model = nn.Sequential(nn.MultiheadAttention(4, 2), out)
+    model = nn.Sequential(nn.MultiheadAttention(4, 2, add_bias_kv=True), out)
     blocks, layers = found(model)
-    assert blocks == {"1": fb.FullyConnectedKFACBasicFB}
-    assert "nn.MultiheadAttention" in layers.left_alone["0.out_proj"]
+    assert blocks == {
+        "0.in_proj": fb.LinearMapFB,
+        "0.out_proj": fb.LinearMapFB,
+        "1": fb.FullyConnectedKFACBasicFB,
+    }
+    assert layers.left_alone == {"0": "some of its parameters are of no linear map inside"}
 
 
 @pytest.mark.parametrize(
@@ -388,3 +392,32 @@ def test_ignored_tokens_do_not_count_in_a_tied_embedding():
         blocks.append(layers.blocks["wte"].full_fisher_block())
         estimator.release()
     torch.testing.assert_close(*blocks, rtol=0, atol=1e-12)
+
+
+# Beside the exact blocks.
+
+
+class Words(nn.Module):
+    """Bags of words, one word each (4 is padding), and a bilinear layer: linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, 3, mode="sum", padding_idx=4)
+        self.pairs = nn.Bilinear(3, 2, 4)
+        self.register_buffer("other", torch.randn(6, 2))
+
+    def forward(self, ids):
+        return self.pairs(self.bag(ids), self.other)
+
+
+def test_the_check_of_the_curvature_knows_the_new_blocks():
+    torch.manual_seed(0)
+    check = check_curvature(GPT().double(), "categorical", torch.randint(11, (2, 3)))
+    assert check.passed
+    assert (check["wte"].verdict, check["ln_f"].verdict) == ("approximate", "equal")
+    assert check["wte"].reason == "two uses of a weight are taken as one product"
+    ids = torch.tensor([[0, 4], [1, 1], [2, 4], [3, 3], [0, 0], [1, 4]])
+    check = check_curvature(Words().double(), "normal", ids)
+    assert check.passed
+    assert (check["pairs"].verdict, check["pairs"].expected_equal) == ("equal", True)
+    assert check["bag"].reason == "a side is a diagonal alone"

@@ -8,8 +8,6 @@ the module and the part: `encoder.in_proj`, `lstm.hh_l0`. Left out: parameters o
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from torch import nn
 
@@ -17,16 +15,8 @@ from .approximations import APPROXIMATIONS, takes_size_limit
 from .fisher_blocks import FisherBlock, linear_parts
 from .fisher_factors import FactorOptions
 from .fisher_factors.base import check_choice
+from .registration import FUSED
 from .size_limit import SizeLimit
-
-FUSED_LAYERS: Mapping[type[nn.Module], str] = MappingProxyType(
-    {
-        nn.MultiheadAttention: "attention",
-        **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), "recurrent"),
-        **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), "recurrent"),
-    }
-)
-"""By the type of a layer, its kind."""
 
 
 class FusedRegistration(abc.ABC):
@@ -99,9 +89,8 @@ class FusedRegistration(abc.ABC):
     ) -> None:
         known = self._module_names.get(id(module))
         name = name or known or ("model" if known == "" else kind)
-        types = tuple(cls for cls, other in FUSED_LAYERS.items() if other == kind)
-        if not isinstance(module, types):
-            names = " or ".join(cls.__name__ for cls in types)
+        if not isinstance(module, FUSED[kind]):
+            names = " or ".join(cls.__name__ for cls in FUSED[kind])
             raise TypeError(f"layer {name}: expected {names}, got {module}")
         if known is None:
             raise ValueError(
@@ -126,9 +115,3 @@ class FusedRegistration(abc.ABC):
             for added in self.blocks.keys() - before.keys():
                 del self.blocks[added], self._uses[added]
             raise
-
-    def _parts_linked_otherwise(self, module: nn.Module) -> bool:
-        """Whether a fused layer's parameters are linked, but not as its parts."""
-        groups = [frozenset(map(id, part.params)) for part in linear_parts(module)]
-        ids = frozenset[int]().union(*groups)
-        return any(group & ids and group not in groups for group in self._linked)

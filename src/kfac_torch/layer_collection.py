@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
 from .coverage import Reports
-from .fisher_blocks import FisherBlock
+from .fisher_blocks import FisherBlock, linear_parts
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
 from .fused_registration import FusedRegistration
 from .layer_choice import Choices
 from .plain_updates import PLAIN_RULES
-from .registration import FUSED, Found, find_layers
+from .registration import Found, find_layers
 from .registration_checks import RegistrationChecks, as_list
 from .size_limit import SizeLimit
 from .use_count import UseWatch
@@ -459,9 +459,7 @@ class LayerCollection(
                 name = self._module_names.get(id(module))
                 self.left_alone[name or type(module).__name__] = reason
                 continue
-            fused = found.register in FUSED
-            linked = self._parts_linked_otherwise if fused else self._linked_otherwise
-            if any(map(linked, found.modules)):
+            if any(map(self._linked_otherwise, found.modules)):
                 continue
             register = getattr(self, f"register_{found.register}")
             kwargs = {}
@@ -477,8 +475,11 @@ class LayerCollection(
 
     def _linked_otherwise(self, module: nn.Module) -> bool:
         """Whether a layer's parameters are linked, but not as this layer."""
-        ids = {id(p) for p in module.parameters(recurse=False) if p.requires_grad}
-        return any(linked & ids and linked != ids for linked in self._linked)
+        groups = [frozenset(map(id, part.params)) for part in linear_parts(module)] or [
+            frozenset(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        ]
+        ids = frozenset[int]().union(*groups)
+        return any(linked & ids and linked not in groups for linked in self._linked)
 
     # What is registered.
 

@@ -21,8 +21,18 @@ from .fisher_blocks.layer import same_settings
 from .fisher_blocks.linear import TransposedLinear
 from .fisher_blocks.normalization import NORMS
 
+FUSED: Mapping[str, tuple[type[nn.Module], ...]] = MappingProxyType(
+    {
+        "attention": (nn.MultiheadAttention,),
+        "recurrent": (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
+    }
+)
+"""By kind, layers of several linear maps."""
+
 KINDS: Mapping[type[nn.Module], str] = MappingProxyType(
     {
+        nn.MultiheadAttention: "multihead_attention",
+        **dict.fromkeys(FUSED["recurrent"], "recurrent"),
         nn.Linear: "fully_connected",
         nn.Bilinear: "bilinear",
         **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), "convolution"),
@@ -32,15 +42,11 @@ KINDS: Mapping[type[nn.Module], str] = MappingProxyType(
         nn.Embedding: "embedding",
         nn.EmbeddingBag: "embedding_bag",
         **dict.fromkeys(NORMS, "scale_and_shift"),
-        nn.MultiheadAttention: "multihead_attention",
-        **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), "recurrent"),
-        **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), "recurrent"),
     }
 )
 """By type of module, the `LayerCollection.register_...` that it is registered with."""
 
-FUSED = ("multihead_attention", "recurrent")
-"""Those of layers with several linear maps inside, which have a block each."""
+_FUSED = tuple(kind for kinds in FUSED.values() for kind in kinds)
 
 SHARED: Mapping[str, str] = MappingProxyType(
     {
@@ -130,21 +136,25 @@ def find_layers(
     }
     done = set(taken)
     for module in root.modules():
-        whole = kind_of(module) in FUSED
-        own = [p for p in module.parameters(recurse=whole) if p.requires_grad]
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if not own or done.intersection(map(id, own)):
             continue
         if id(module) in inside:
             yield module, "it is part of an nn.MultiheadAttention, which does not call it"
             continue
         found = _find(module, owners)
+        parts = [p for part in linear_parts(module) for p in part.params]
+        if not isinstance(found, str) and parts:
+            done.update(map(id, parts))
+            yield found
+            if not done.issuperset(map(id, own)):
+                yield module, "some of its parameters are of no linear map inside"
+            continue
         if isinstance(found, str):
             yield module, found
         else:
             done.update(id(p) for p in own if len(owners[id(p)]) == len(found.modules))
             yield found
-            if whole and (rest := _rest(module)):
-                yield module, f"of no linear map inside: {rest}; see register_generic"
             for other in found.modules if found.register == "tied_embedding" else ():
                 if isinstance(other, nn.Linear) and other.bias is not None:
                     yield other, "its bias has no block: the weight's is without it"
@@ -153,10 +163,10 @@ def find_layers(
 def _find(module: nn.Module, owners: Mapping[int, list[nn.Module]]) -> Found | str:
     """What a module is to be registered as; or why it is not."""
     kind, weight = kind_of(module), getattr(module, "weight", None)
-    if kind in FUSED:
-        return _find_fused(kind, module, owners)
     if kind is None:
-        return f"there is no block for {type(module).__name__}; see register_generic"
+        return f"there is no block for {type(module).__name__}"
+    if isinstance(module, _FUSED):
+        return _find_fused(kind, module, owners)
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a parameter: it is computed from others"
     if not weight.requires_grad:
@@ -177,20 +187,13 @@ def _find(module: nn.Module, owners: Mapping[int, list[nn.Module]]) -> Found | s
 def _find_fused(
     kind: str, module: nn.Module, owners: Mapping[int, list[nn.Module]]
 ) -> Found | str:
-    """What a layer with several linear maps inside is to be registered as."""
-    params = [param for part in linear_parts(module) for param in part.params]
+    """What a layer of several linear maps is to be registered as."""
+    params = [p for part in linear_parts(module) for p in part.params]
     if not params:
-        return "its weights are frozen, or computed from others"
-    if any(len(owners[id(param)]) > 1 for param in params):
-        return "it shares a part of its parameters"
+        return "its weights are frozen"
+    if any(len(owners[id(p)]) > 1 for p in params):
+        return "it shares some of its parameters"
     return Found(kind, (module,))
-
-
-def _rest(module: nn.Module) -> str:
-    """Names of the trained parameters that are of no linear map inside a layer."""
-    known = {id(param) for part in linear_parts(module) for param in part.params}
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return ", ".join(name for name, p in trained if id(p) not in known)
 
 
 def _problem(module: nn.Module) -> str | None:

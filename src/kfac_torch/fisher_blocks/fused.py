@@ -186,8 +186,8 @@ class LinearMapFB(KroneckerProductFB):
 def linear_parts(module: nn.Module) -> list[LinearPart]:
     """Return the linear maps inside a fused layer that have a trained weight.
 
-    A bias that is frozen is left out; so is a weight that is computed from other
-    parameters (`torch.nn.utils.weight_norm`).
+    There are none in any other layer. A bias that is frozen is left out; so is a weight
+    that is computed from other parameters (`torch.nn.utils.weight_norm`).
 
     >>> [part.name for part in linear_parts(nn.GRU(2, 3, bidirectional=True))]
     ['ih_l0', 'hh_l0', 'ih_l0_reverse', 'hh_l0_reverse']
@@ -203,6 +203,8 @@ def linear_parts(module: nn.Module) -> list[LinearPart]:
             else _part(module, "in_proj_bias", "in_proj_bias", groups=3),
             _part(module.out_proj, "out_proj", "weight", "bias"),
         ]
+    elif not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return []
     else:
         names = [
             name.removeprefix("weight_")
