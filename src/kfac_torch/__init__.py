@@ -13,6 +13,7 @@ from .curvature_products import (
 )
 from .damping import LevenbergMarquardt as LevenbergMarquardt
 from .estimator import FisherEstimator as FisherEstimator
+from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
 from .options import QModel as QModel
@@ -23,6 +24,7 @@ __all__ = (
     "CurvatureMatrixVectorProductComputer",
     "FisherEstimator",
     "LayerCollection",
+    "Layers",
     "LevenbergMarquardt",
     "QModel",
     "SizeLimit",

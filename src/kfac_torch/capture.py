@@ -20,8 +20,8 @@ Left out: what is done with the tape.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -125,6 +125,11 @@ class _Hook:
         self._module = weakref.ref(module)
         self._method = method
 
+    @property
+    def capture(self) -> Capture | None:
+        """What the hook is of, if that is still there."""
+        return self._capture()
+
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return None  # the compiled root is to be watched, from outside
@@ -179,6 +184,8 @@ class Capture:
         watch_grads: bool = False,
         watch_params: Iterable[Tensor] = (),
     ) -> None:
+        self._root = weakref.ref(model)
+        self.busy = False
         self._on_forward = on_forward
         self._enabled = enabled
         self._watch_grads = watch_grads
@@ -217,6 +224,29 @@ class Capture:
         self._recording.close()
         self._by_parts.close()
         self._finalizer()
+
+    @contextmanager
+    def own_gradients(self) -> Iterator[None]:
+        """Take gradients that no capture is to think the user's.
+
+        There may be others on the same model, or on parts of it.
+        """
+        hooks = [h for m in self._model.modules() for h in m._forward_hooks.values()]
+        captures = {hook.capture for hook in hooks if isinstance(hook, _Hook)} - {None}
+        busy = [capture for capture in captures if capture and not capture.busy]
+        try:
+            for capture in busy:
+                capture.busy = True
+            yield
+        finally:
+            for capture in busy:
+                capture.busy = False
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._root()
+        assert model is not None
+        return model
 
     @property
     def last_forward(self) -> RootCall | None:
@@ -312,9 +342,19 @@ class Capture:
         edge = None if self._watch_grads else get_gradient_edge(output)
         call = LayerCall(name, a.detach(), edge, a._version, output.nbytes, output.shape)
         if self._watch_grads:
-            watch_gradient(output, call.grads.append)
+            self._watch_output(output, call.grads)
         self._tape.append(call)
         return output
+
+    def _watch_output(self, output: Tensor, grads: list[Tensor]) -> None:
+        known = weakref.ref(self)
+
+        def keep(grad: Tensor) -> None:
+            capture = known()
+            if capture is not None and not capture.busy:
+                grads.append(grad)
+
+        watch_gradient(output, keep)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self.recorded = self._tape is not None
@@ -348,7 +388,7 @@ class _ParamHook:
 
     def __call__(self, grad: Tensor) -> None:
         capture, param = self._capture(), self._param()
-        if capture is None or param is None or torch.is_grad_enabled():
+        if capture is None or param is None or capture.busy or torch.is_grad_enabled():
             return
         known = capture.param_grads.get(param)
         capture.param_grads[param] = grad.detach() if known is None else known + grad

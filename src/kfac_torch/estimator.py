@@ -163,7 +163,9 @@ class FisherEstimator(BlockProducts):
         """Forget what was gathered and not yet used."""
         self._pending: dict[str, list[Moment | None]] = {}
         self._finite: Tensor | None = None
-        self._forwards = Forwards(self.layers, self._gather, self.layers.use_watch)
+        self._forwards = Forwards(
+            self.layers, self._gather, self.layers.use_watch, self._capture
+        )
         self._capture.param_grads.clear()
 
     def forget_gradients(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .capture import LayerCall, RootCall
+from .capture import Capture, LayerCall, RootCall
 from .loss_collection import LossCollection
 from .loss_functions import LossFactory, LossFunction
 from .use_count import UseWatch
@@ -111,14 +111,21 @@ class Forwards:
         gather: takes the statistics of a forward, from its calls and network outputs,
             while the graph is whole.
         use_watch: counts uses of parameters where a backward first reaches an output.
+        capture: of the model.
     """
 
-    def __init__(self, losses: LossCollection, gather: Gather, use_watch: UseWatch) -> None:
+    def __init__(
+        self,
+        losses: LossCollection,
+        gather: Gather,
+        use_watch: UseWatch,
+        capture: Capture,
+    ) -> None:
+        self._capture = capture
         self._losses = losses
         self._gather = gather
         self._use_watch = use_watch
         self._waiting: list[Forward] = []
-        self._busy = False
         self.arrived: list[Forward] = []
 
     def add(
@@ -163,7 +170,7 @@ class Forwards:
 
     def _arrive(self, forward: Forward, index: int, gradient: Tensor) -> None:
         """A backward has reached a network output, and not yet the layers."""
-        if self._busy:  # it is our own
+        if self._capture.busy:  # it is our own
             return
         part, first = forward.parts[index], not forward.arrived
         derivative = torch.is_grad_enabled()
@@ -195,12 +202,9 @@ class Forwards:
         forward.calls, forward.outputs = [], []
         if not outputs or not forward.num_terms > 0:
             return
-        self._busy = True
-        try:
-            with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
-                self._gather(forward, calls, outputs)
-        finally:
-            self._busy = False
+        autocast = torch.autocast(outputs[0].device.type, enabled=False)
+        with torch.no_grad(), autocast, self._capture.own_gradients():
+            self._gather(forward, calls, outputs)
 
     def take_rest(self) -> None:
         """Take the forwards that no backward has reached, where none has reached any."""

@@ -120,7 +120,7 @@ class Choices:
         if chosen is not None:
             check_choice(f"layer {name}: approx", chosen, (*known, *PLAIN_RULES))
             return chosen
-        return self.default if self.default in known else None
+        return self.default if self.default in (*known, *PLAIN_RULES) else None
 
 
 class _Names:

@@ -19,7 +19,7 @@ from .fisher_blocks import FisherBlock, linear_parts
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
 from .fused_registration import FusedRegistration
-from .layer_choice import Choices
+from .layer_choice import Choices, Layers
 from .plain_updates import PLAIN_RULES
 from .registration import Found, find_layers
 from .registration_checks import RegistrationChecks, as_list
@@ -439,7 +439,9 @@ class LayerCollection(
         """
         self._register("embedding_multi", module, approx, name, num_uses)
 
-    def auto_register_layers(self, model: nn.Module | None = None) -> None:
+    def auto_register_layers(
+        self, model: nn.Module | None = None, layers: Layers | None = None
+    ) -> None:
         """Register every layer that has a block of its own: `registration.KINDS`.
 
         Modules that share all their parameters are registered together, and so are
@@ -450,23 +452,72 @@ class LayerCollection(
 
         Args:
             model: a part of the collection's model; all of it if None.
+            layers: which approximation, if not the default, what to leave alone, and what
+                becomes of parameters without a block.
+
+        Raises:
+            ValueError: a choice that means nothing in the model, an approximation that a
+                layer cannot have, or trained parameters without a block where
+                `fallback="error"`. What was registered until then stays.
         """
         root = self.model if model is None else model
+        if layers is not None:
+            self._choices = layers.resolve(uncompiled(self.model))
+            self.fallback = layers.fallback
+            self._size_limit = layers.size_limit or self._size_limit
         taken = {id(param) for param in self.registered_variables}
         for found in find_layers(root, self.model, taken):
-            if not isinstance(found, Found):
+            if isinstance(found, Found):
+                self._register_found(found)
+            else:
                 module, reason = found
                 name = self._module_names.get(id(module))
                 self.left_alone[name or type(module).__name__] = reason
-                continue
-            if any(map(self._linked_otherwise, found.modules)):
-                continue
-            register = getattr(self, f"register_{found.register}")
-            kwargs = {}
-            if found.is_large_norm and self._prefers_full_scales(found.modules[0]):
-                kwargs["approx"] = "diagonal"
-            one = len(found.modules) == 1
-            register(found.modules[0] if one else found.modules, **kwargs)
+        self._fall_back(root)
+
+    def _register_found(self, found: Found) -> None:
+        names = [self._module_names[id(module)] for module in found.modules]
+        excluded = any(name in self._choices.excluded for name in names)
+        if excluded or any(map(self._linked_otherwise, found.modules)):
+            return
+        approx = self._choices.approximation(names[0], tuple(APPROXIMATIONS[found.kind]))
+        if approx in PLAIN_RULES:
+            return
+        large_norm = found.is_large_norm and self._prefers_full_scales(found.modules[0])
+        if approx is None and large_norm:
+            approx = "diagonal"
+        for module in found.modules:
+            for own, param in module.named_parameters(self._module_names[id(module)]):
+                if self.is_excluded(param) or self.is_chosen(self._param_names[id(param)]):
+                    raise ValueError(
+                        f"{own}: expected a choice for its whole layer, of whose block it "
+                        f"is a part, got one for itself: choose for {names[0] or 'all'}"
+                    )
+        register = getattr(self, f"register_{found.register}")
+        one = len(found.modules) == 1
+        register(found.modules[0] if one else found.modules, approx)
+
+    def _fall_back(self, root: nn.Module) -> None:
+        """See to the trained parameters that no layer type covers."""
+        owned = {id(param) for param in self.registered_variables}
+        rest = {
+            self._param_names[id(p)]: p
+            for p in root.parameters()
+            if p.requires_grad and id(p) not in owned and not self.is_excluded(p)
+        }
+        rest = {name: p for name, p in rest.items() if not self.is_chosen(name)}
+        if self.fallback == "error" and rest:
+            raise ValueError(
+                f"these trained parameters have no K-FAC block: {', '.join(rest)}; "
+                'expected none with fallback="error". Register them (register_generic), '
+                'exclude them, choose a rule for them (approx={...: "adamw"}), or use '
+                "another fallback; report() says why each has none"
+            )
+        if self.fallback == "diagonal":
+            linked = {i for group in self._linked for i in group}
+            for name, param in rest.items():
+                if id(param) not in linked:
+                    self.register_generic(param, "diagonal", name)
 
     def _prefers_full_scales(self, module: nn.Module) -> bool:
         """Whether a normalisation layer has a full block for want of another choice."""

@@ -20,7 +20,7 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,7 @@ from .capture import uncompiled
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
+from .layer_choice import Layers
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
@@ -79,6 +80,8 @@ class KFAC(torch.optim.Optimizer):
             where a closure returns the loss. None where `layer_collection` has losses.
         layer_collection: the layers and their approximations, and maybe the losses;
             every linear layer, convolution and embedding if None.
+        output: where the network output is in what the model returns, if that is not a
+            tensor: a key, an index, an attribute name or a callable.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
             group option. With the quadratic model a factor on the step that it finds;
             None is 1 (for a scheduler, say 1.0).
@@ -108,11 +111,14 @@ class KFAC(torch.optim.Optimizer):
             refresh them too.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
-        output: where the network output is in what the model returns, if that is not a
-            tensor: a key, an index, an attribute name or a callable.
+        approx: an approximation for all layers that have it, or for each by name, type or
+            module (`{"head": "diagonal", nn.Embedding: "adamw"}`); or a `Layers`, which
+            also says what to exclude, what becomes of parameters without a block, and
+            from which size on a factor is cut up.
 
-    Parameters without a block are a param group of their own, the second, with an `lr` and
-    a `momentum` of their own; with the quadratic model it needs an `lr`.
+    Parameters without a block follow AdamW (or SGD, if `Layers` says so), a param group of
+    their own with an `lr` of its own, 3e-3; a one-time UserWarning names them, and
+    `report()` says why.
 
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
@@ -140,6 +146,7 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         loss: str | nn.Module | LossFactory | None = None,
         layer_collection: LayerCollection | None = None,
+        output: Output = None,
         *,
         lr: float | None = None,
         damping: Damping,
@@ -152,7 +159,7 @@ class KFAC(torch.optim.Optimizer):
         cov_update_every: int = 1,
         invert_every: int = 5,
         num_burnin_steps: int = 0,
-        output: Output = None,
+        approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
         kind, stride = name_and_stride(momentum_type)
         defaults = group_options(
@@ -166,7 +173,7 @@ class KFAC(torch.optim.Optimizer):
         check_count("cov_update_every", cov_update_every, 1)
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
-        layers = _complete(layer_collection, model, loss, output)
+        layers = _complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(_param_groups(names, layers, lr, momentum), defaults)
@@ -537,6 +544,7 @@ def _complete(
     model: nn.Module,
     loss: str | nn.Module | LossFactory | None,
     output: Output,
+    approx: str | Mapping[Any, str] | Layers | None,
 ) -> LayerCollection:
     """Return a collection of the model with layers and losses.
 
@@ -546,7 +554,13 @@ def _complete(
     """
     if layers is None:
         layers = LayerCollection(model)
-        layers.auto_register_layers()
+        choices = approx if isinstance(approx, Layers) else Layers(approx=approx)
+        layers.auto_register_layers(layers=choices)
+    elif approx is not None:
+        raise ValueError(
+            "approx: expected no layer_collection= beside it, which has the approximations "
+            f"already, got approx={approx!r}; use auto_register_layers(layers=...)"
+        )
     elif not isinstance(layers, LayerCollection):
         raise TypeError(
             f"layer_collection: expected a LayerCollection, got {type(layers).__name__}"

@@ -57,6 +57,8 @@ SHARED: Mapping[str, str] = MappingProxyType(
 )
 """That for several modules which share all their parameters, by that for one."""
 
+_KIND_OF = MappingProxyType({"convolution": "conv2d", "multihead_attention": "attention"})
+
 MAX_FULL_SCALES = 512
 """A normalisation layer with more features has a diagonal block by default: a full one of
 n features has `(2n)²` numbers."""
@@ -73,6 +75,11 @@ class Found:
 
     register: str
     modules: tuple[nn.Module, ...]
+
+    @property
+    def kind(self) -> str:
+        """The kind of layer, as `APPROXIMATIONS` has it."""
+        return _KIND_OF.get(self.register, self.register)
 
     @property
     def is_large_norm(self) -> bool:
