@@ -1,5 +1,7 @@
 """The dense Fisher of a model, from Jacobians alone, to hold the blocks to."""
 
+import warnings
+
 import torch
 from torch.func import functional_call, jacrev
 
@@ -20,7 +22,11 @@ def dense_fisher(model, x, layers, block):
     total = 0
     with torch.no_grad():
         losses = layers.losses(model(x))
-    for (loss, coeff), jacobian in zip(losses, jacrev(outputs)(own), strict=True):
+    with warnings.catch_warnings():
+        # Of a bag and a bilinear layer it goes one by one.
+        warnings.filterwarnings("ignore", "There is a performance drop because")
+        jacobians = jacrev(outputs)(own)
+    for (loss, coeff), jacobian in zip(losses, jacobians, strict=True):
         z = loss.inputs
         parts = [jacobian[name].flatten(0, z.dim() - 1) for name in own]
         J = torch.stack(

@@ -19,9 +19,21 @@ pytestmark = pytest.mark.usefixtures("float64")
 DAMPING = 0.3
 
 
+class Conv1D(nn.Module):
+    """A linear layer with its weight `[in, out]`, as in GPT-2."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+
 class Case(NamedTuple):
     make: Callable  # -> block
-    inputs: tuple  # shapes of a batch of 6, one per call; with "ids" in front for ids
+    inputs: (
+        tuple  # shapes of a batch of 6, one per call; "ids" or "bags" in front says which
+    )
     outputs: tuple  # of the gradients, one per call, or per parameter
     exps: tuple = (-1, -0.5, 0.5, 2, 1)
     cholesky: bool = True
@@ -32,12 +44,15 @@ def layer(kind, make, inputs, outputs, *rest, **kwargs):
 
 
 LINEAR = (6, 4, 3), (6, 4, 2)
+LINEAR_OUT = ((6, 4, 3),)
 CONV = (6, 2, 4, 5), (6, 3, 2, 4)
 GROUPED = (6, 4, 4, 5), (6, 6, 2, 4)
 DEPTHWISE = (6, 2, 4, 5), (6, 4, 2, 4)
 TRANSPOSED = (6, 2, 2, 3), (6, 3, 4, 4)
 TRANSPOSED_GROUPED = (6, 4, 2, 3), (6, 6, 5, 4)  # as by output_size=(5, 4)
 IDS = ("ids", 6, 2), (6, 2, 3)
+BAGS = ("bags", 6, 5), (6, 3)
+TIED = (("ids", 6, 2), (6, 4, 3)), ((6, 2, 3), (6, 4, 5))
 SERIES = (6, 4, 3), (6, 4, 2)
 BOTH = {"diagonal_approx_for_input": True, "diagonal_approx_for_output": True}
 INPUT = {"diagonal_approx_for_input": True}
@@ -73,6 +88,28 @@ def transposed_grouped():
 
 def embedding():
     return nn.Embedding(5, 3)
+
+
+def conv1d():
+    return Conv1D(2, 3)
+
+
+def bag():
+    return nn.EmbeddingBag(5, 3)
+
+
+def bilinear():
+    return nn.Bilinear(3, 1, 2)
+
+
+def tied():
+    embedding, head = nn.Embedding(5, 3, padding_idx=1), nn.Linear(3, 5)
+    head.weight = embedding.weight
+    return [embedding, head]
+
+
+def linear_map(module, index=0, **kwargs):
+    return fb.LinearMapFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
 
 
 def params():
@@ -201,6 +238,31 @@ CASES = {
         IDS[:1] * 2,
         IDS[1:] * 2,
     ),
+    "linear, transposed": layer(fb.FullyConnectedKFACBasicFB, conv1d, *LINEAR),
+    "linear, transposed, diagonal input": layer(
+        fb.FullyConnectedKFACBasicFB, conv1d, *LINEAR, **INPUT
+    ),
+    "linear, transposed, diagonal": layer(fb.FullyConnectedDiagonalFB, conv1d, *LINEAR),
+    "linear, transposed, reduced": layer(fb.FullyConnectedKFACReduceFB, conv1d, *LINEAR),
+    "bilinear": layer(fb.BilinearKFACFB, bilinear, *LINEAR),
+    "bilinear, both diagonal": layer(fb.BilinearKFACFB, bilinear, *LINEAR, **BOTH),
+    "bilinear, split": layer(fb.BilinearKFACFB, bilinear, *LINEAR, size_limit=SPLIT),
+    "bilinear diagonal": layer(fb.BilinearDiagonalFB, bilinear, *LINEAR),
+    "bag": layer(fb.EmbeddingBagKFACFB, bag, *BAGS),
+    "bag, both diagonal": layer(
+        fb.EmbeddingBagKFACFB, bag, *BAGS, diagonal_approx_for_output=True
+    ),
+    "bag, split": layer(fb.EmbeddingBagKFACFB, bag, *BAGS, size_limit=SPLIT),
+    "bag, several calls": Case(
+        lambda: fb.EmbeddingBagKFACFB(bag(), "layer"), BAGS[:1] * 2, BAGS[1:] * 2
+    ),
+    "tied embedding": Case(lambda: fb.TiedEmbeddingFB(tied(), "layer"), *TIED),
+    "tied embedding, both diagonal": Case(
+        lambda: fb.TiedEmbeddingFB(tied(), "layer", diagonal_approx_for_output=True), *TIED
+    ),
+    "tied embedding, split": Case(
+        lambda: fb.TiedEmbeddingFB(tied(), "layer", size_limit=SPLIT), *TIED
+    ),
     "scale and shift": layer(
         fb.ScaleAndShiftFullFB, lambda: nn.LayerNorm(3), (6, 3), (6, 3)
     ),
@@ -218,6 +280,25 @@ CASES = {
     "series, option 2": layer(
         fb.FullyConnectedSeriesFB, linear, *SERIES, (-1,), False, option=2, time_dim=1
     ),
+    "map of a cell": Case(lambda: linear_map(nn.GRUCell(3, 1)), LINEAR[:1], LINEAR_OUT[:1]),
+    "map of a cell, several calls, both diagonal": Case(
+        lambda: linear_map(nn.GRUCell(3, 1), **BOTH), LINEAR[:1] * 3, LINEAR_OUT * 3
+    ),
+    "maps of attention": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+    ),
+    "maps of attention, several calls": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)) * 2,
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)) * 2,
+    ),
+    "bias of separate maps": Case(
+        lambda: linear_map(nn.MultiheadAttention(2, 1, kdim=3), 3),
+        ((6, 3, 1), (6, 5, 1), (6, 5, 1)),
+        ((6, 3, 2), (6, 5, 2), (6, 5, 2)),
+    ),
 }
 EXPS = [(name, exp) for name, case in CASES.items() for exp in case.exps]
 DENSE = [name for name in CASES if "series" not in name]
@@ -228,9 +309,32 @@ def close(actual, expected, tol=1e-9):
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
+def ids(*shape):
+    return torch.randint(5, shape)
+
+
+def bags(*shape):
+    """Rows of an embedding bag, none of them empty."""
+    rows = torch.randn(shape) * (torch.rand(shape) < 0.6)
+    rows[:, 2] = 1
+    return rows.to_sparse()
+
+
+def part(inputs, rows):
+    """Some examples of a batch."""
+    return [
+        torch.stack([x[i].to_dense() for i in range(*rows.indices(len(x)))]).to_sparse()
+        if x.is_sparse
+        else x[rows]
+        for x in inputs
+    ]
+
+
 def draw(case):
     inputs = [
-        torch.randint(5, shape[1:]) if shape[0] == "ids" else torch.randn(shape)
+        {"ids": ids, "bags": bags}[shape[0]](*shape[1:])
+        if isinstance(shape[0], str)
+        else torch.randn(shape)
         for shape in case.inputs
     ]
     return inputs, [[torch.randn(shape) for shape in case.outputs]]
@@ -309,6 +413,7 @@ def test_the_undamped_block_and_its_products(name):
         *(matrices(factor.get_cov()) for factor in block.factors), strict=True)
     ] if len(block.factors) == 2 else [block.factors[0].get_cov()]  # fmt: skip
     close(F, block.num_locations * torch.block_diag(*products))
+    close(block.trace(), F.trace())
     V = vector_for(block)
     close(block.multiply_inverse(block.multiply(V)), V)
     close(block.multiply(V), (damped(block) @ V.flatten()).view(V.shape))
@@ -431,8 +536,9 @@ def test_micro_batches_are_merged(name):
     block = case.make()
     block.instantiate_factors(DAMPING)
     whole = block.moments(inputs, [grads], num_terms=6)
-    merged = block.moments([x[:2] for x in inputs], [[g[:2] for g in grads]], 2)
-    rest = block.moments([x[2:] for x in inputs], [[g[2:] for g in grads]], 4)
+    some, others = slice(2), slice(2, None)
+    merged = block.moments(part(inputs, some), [[g[:2] for g in grads]], 2)
+    rest = block.moments(part(inputs, others), [[g[2:] for g in grads]], 4)
     for one, two, both in zip(merged, rest, whole, strict=True):
         one.merge(two)
         assert (one.rows, one.terms, one.uses) == (both.rows, 6, both.uses)
@@ -449,7 +555,7 @@ def test_sources_add_up(name):
     both = block.moments(inputs, [first, second], 4)
     one, two = (block.moments(inputs, [grads], 4) for grads in (first, second))
     close(both[-1].cov, one[-1].cov + two[-1].cov)
-    if len(both) == 2:  # the inputs are the same
+    if block.input_moments(inputs):  # which are the same
         close(both[0].cov, one[0].cov)
 
 

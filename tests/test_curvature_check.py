@@ -53,6 +53,24 @@ class Tokens(nn.Module):
         return self.head(hidden.mean(1))
 
 
+class Sequences(nn.Module):
+    """A recurrent layer, and attention to all positions but the first of several."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(4, 4, batch_first=True)
+        self.mix = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x, _ = self.gru(x, torch.ones(1, len(x), 4))
+        keys = x[:, -max(1, x.shape[1] - 1) :]
+        return self.head(self.mix(x, keys, keys)[0].mean(1))
+
+
+IN_SEQUENCES = ("gru.ih_l0", "gru.hh_l0", "mix.in_proj", "mix.out_proj")
+
+
 def everything(model):
     layers = LayerCollection(model)
     layers.auto_register_layers()
@@ -69,6 +87,13 @@ def of_tokens(linear, norm, embedding="kron"):
         return layers
 
     return register
+
+
+def of_sequences(model):
+    layers = LayerCollection(model)
+    layers.register_recurrent(model.gru)
+    layers.register_multihead_attention(model.mix)
+    return layers
 
 
 def of_middle(approx):
@@ -139,6 +164,14 @@ CASES = {
             "embedding": (True, "the diagonal of"), "norm": (True, "the diagonal, summed"),
             "linear": (True, "the diagonal, summed"), "head": (True, "the full block of"),
         },
+    ),
+    "attention and a recurrent layer, one position": (
+        Sequences, lambda: torch.randn(1, 1, 4), "categorical", of_sequences,
+        dict.fromkeys(IN_SEQUENCES, (True, ONE)),
+    ),
+    "attention and a recurrent layer": (
+        Sequences, lambda: torch.randn(3, 4, 4), "categorical", of_sequences,
+        dict.fromkeys(IN_SEQUENCES, (False, "interact")),
     ),
     "diagonal sides": (
         tanh_net, lambda: torch.randn(1, 3), "normal", of_middle("kron_both_diag"),
@@ -429,7 +462,6 @@ def test_the_model_is_left_as_it_was():
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     layers = everything(model)
-    layers.register_scale_and_shift(model[1])
     check_curvature(model, "categorical", x, layer_collection=layers)
     after = [*params, *(p.grad for p in params), *model.buffers()]
     for tensor, copy, now in zip(tensors, copies, after, strict=True):

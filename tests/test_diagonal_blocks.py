@@ -13,6 +13,7 @@ from kfac_torch.fisher_blocks import (
     FullFB,
     FullyConnectedDiagonalFB,
     NaiveDiagonalFB,
+    ScaleAndShiftDiagonalFB,
     ScaleAndShiftFullFB,
 )
 from kfac_torch.fisher_blocks.normalization import normalize
@@ -188,6 +189,24 @@ def test_calls_that_cannot_be_of_the_same_examples():
         conv.moments([torch.zeros(3, 2, 4)] * 2, [[torch.zeros(3, 1, 4)] * 2], 3)
 
 
+@pytest.mark.parametrize("kind", [ScaleAndShiftFullFB, ScaleAndShiftDiagonalFB])
+def test_calls_of_a_norm_without_examples_in_common_are_independent(kind):
+    """A call with one example alone among them, without a dimension for it."""
+    block = kind(nn.LayerNorm(3))
+    block.instantiate_factors(0.1)
+    inputs = [torch.randn(5, 3), torch.randn(3), torch.randn(2, 4, 3)]
+    grads = [torch.randn_like(a) for a in inputs]
+    dense = 0
+    for a, g in zip(inputs, grads, strict=True):
+        normed = functional.layer_norm(a, (3,))
+        v = torch.cat([normed * g, g], -1).view(a.shape[0] if a.dim() > 1 else 1, -1, 6)
+        v = v.sum(1)
+        dense = dense + v.T @ v / 4
+    block.accumulate(block.moments(inputs, [grads], 4), 0.9)
+    diagonal = kind is ScaleAndShiftDiagonalFB
+    close(block.full_fisher_block(), dense.diagonal().diag() if diagonal else dense)
+
+
 NORMS = [
     (nn.LayerNorm(3), (4, 3)),
     (nn.RMSNorm(3), (4, 3)),
@@ -197,6 +216,7 @@ NORMS = [
     (nn.BatchNorm1d(3), (4, 3)),
     (nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
     (nn.BatchNorm3d(3), (4, 3, 2, 1, 2)),
+    (nn.SyncBatchNorm(3), (4, 3, 2)),
 ]
 
 

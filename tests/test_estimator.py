@@ -133,8 +133,8 @@ def test_every_mode_runs(mode):
         nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 3)
     )
     layers = LayerCollection(model)
-    layers.auto_register_layers()
     layers.register_generic(model[3], "full")
+    layers.auto_register_layers()
     layers.register_categorical_predictive_distribution()
     estimator = FisherEstimator(model.parameters(), 0.9, 0.1, layers, (-1, 0.5), mode)
     for _ in range(2):

@@ -188,6 +188,16 @@ def fully_connected(has_bias):
     )
 
 
+def fully_connected_groups():
+    return Case(
+        lambda entries, **options: ff.FullyConnectedKroneckerFactor(
+            entries, True, size=3, groups=2, **options
+        ),
+        lambda N: (torch.randn(N, 2, 3), torch.randn(2 * N, 3)),
+        lambda entry: torch.stack([outer(with_ones(x.reshape(-1, 3))) for x in entry]),
+    )
+
+
 def fully_connected_diagonal(middle, has_bias):
     def draw(N):
         return torch.randn(N, *middle, 3), torch.randn(N, *middle, 2)
@@ -477,6 +487,7 @@ CASES = {
     )._replace(identity=sketch(torch.eye(3, dtype=torch.float64))),
     "fully connected": fully_connected(False),
     "fully connected, bias": fully_connected(True),
+    "fully connected, groups": fully_connected_groups(),
     "conv input 1d": conv_input(CONV1, True),
     "conv input 2d": conv_input(CONV2, False),
     "conv input 2d, groups": conv_input(CONV2_FIRST, True),
@@ -494,6 +505,11 @@ CASES = {
     "conv diagonal, depthwise": conv_diagonal(DEPTHWISE, True),
     "conv diagonal, mask": conv_diagonal(CONV1, True, MASK),
     "diagonal side": diagonal_kronecker(False, True),
+    "diagonal side of unit trace": diagonal_kronecker(False, True)._replace(
+        make=lambda entries, **options: ff.UnitTraceDiagonalFactor(
+            entries, True, size=4, **options
+        ),
+    ),
     "diagonal side of ids": diagonal_kronecker(True, True),
     "embedding": EMBEDDING,
     "full": of_params(ff.FullFactor),
@@ -714,6 +730,10 @@ def test_several_pieces_give_what_one_gives(monkeypatch):
 
 WRONG = {  # an entry that does not fit, and what is said
     "fully connected": (torch.zeros(2, 2, 4), r"expected rows of 3 features.*\(2, 2, 4\)"),
+    "fully connected, groups": (
+        torch.zeros(2, 3),
+        "expected 2 tensors per tower, one for each group, got 1",
+    ),
     "conv diagonal 2d": (
         (torch.zeros(2, 5, 6, 2), torch.zeros(2, 3, 3, 3)),
         r"outputs_grads: expected shape .* got \(2, 3, 3, 3\)",
@@ -769,6 +789,7 @@ def test_a_dimension_that_scale_and_shift_are_broadcast_over_may_have_any_size()
 
 DESCRIPTIONS = {
     "fully connected, bias": "full 4",
+    "fully connected, groups": "2 x full 4",
     "conv input 2d, groups": "2 x full 13",
     "split": "split 2x2 of 3",
     "split, bias": "split 2x2",

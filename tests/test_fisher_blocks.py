@@ -235,7 +235,9 @@ def test_explicit_padding():
 
 
 def test_errors():
-    with pytest.raises(TypeError, match=r"layer fc: expected Linear, got Conv2d"):
+    with pytest.raises(
+        TypeError, match=r"layer fc: expected Linear or TransposedLinear, got Conv2d"
+    ):
         FullyConnectedKFACBasicFB(nn.Conv2d(1, 1, 1), "fc")
     with pytest.raises(TypeError, match=r"layer c: expected Conv1d or Conv2d or Conv3d"):
         ConvKFCBasicFB(nn.Linear(1, 1), "c")

@@ -29,10 +29,19 @@ class Zoo(nn.Module):
         self.norm = nn.LayerNorm(3)
         self.batch_norm = nn.BatchNorm2d(3)
         self.embedding = nn.Embedding(5, 3)
+        self.bag = nn.EmbeddingBag(5, 3)
+        self.bilinear = nn.Bilinear(2, 2, 3)
+        self.tied = nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)])
+        self.tied[1].weight = self.tied[0].weight
         self.attention = nn.MultiheadAttention(4, 2)
+        self.gru = nn.GRU(2, 3)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
         self.scale = nn.Parameter(torch.ones(2))
         self.offset = nn.Parameter(torch.zeros(2, 2))
+
+    def layer(self, name):
+        """What a layer is registered by: a module, or all that share its weight."""
+        return list(self.tied) if name == "tied.0" else self.get_submodule(name)
 
 
 class Subclass(nn.Linear):
@@ -52,12 +61,18 @@ REGISTER = {
     "conv_transpose": ("register_conv_transpose", "transposed"),
     "depthwise_conv2d": ("register_depthwise_conv2d", "depthwise"),
     "embedding": ("register_embedding", "embedding"),
+    "embedding_bag": ("register_embedding_bag", "bag"),
+    "tied_embedding": ("register_tied_embedding", "tied.0"),
+    "bilinear": ("register_bilinear", "bilinear"),
     "scale_and_shift": ("register_scale_and_shift", "norm"),
     "fully_connected_multi": ("register_fully_connected_multi", "linear"),
     "conv2d_multi": ("register_conv2d_multi", "conv2"),
     "embedding_multi": ("register_embedding_multi", "embedding"),
     "generic": ("register_generic", "linear"),
+    "attention": ("register_multihead_attention", "attention"),
+    "recurrent": ("register_recurrent", "gru"),
 }
+PARTS = {"attention": ["in_proj", "out_proj"], "recurrent": ["ih_l0", "hh_l0"]}
 KRON = ("kron", "kron_in_diag", "kron_out_diag", "kron_both_diag")
 INDEP = ("kron_indep", "kron_indep_in_diag", "kron_indep_out_diag", "kron_indep_both_diag")
 REDUCE = (
@@ -88,6 +103,11 @@ EXPECTED = {
     },
     "embedding": dict.fromkeys(KRON, fb.EmbeddingKFACFB)
     | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+    "embedding_bag": dict.fromkeys(KRON, fb.EmbeddingBagKFACFB)
+    | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+    "tied_embedding": dict.fromkeys(KRON, fb.TiedEmbeddingFB),
+    "bilinear": dict.fromkeys(KRON, fb.BilinearKFACFB)
+    | {"diagonal": fb.BilinearDiagonalFB, "full": fb.FullFB},
     "scale_and_shift": {
         "full": fb.ScaleAndShiftFullFB,
         "diagonal": fb.ScaleAndShiftDiagonalFB,
@@ -100,8 +120,21 @@ EXPECTED = {
         "kron_reduce": fb.ConvKFCReduceFB,
     },
     "embedding_multi": dict.fromkeys(INDEP, fb.EmbeddingKFACMultiIndepFB),
-}
+    "attention": {
+        "kron": fb.LinearMapFB, "diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB
+    },
+    "recurrent": dict.fromkeys(KRON, fb.LinearMapFB)
+    | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+}  # fmt: skip
 CASES = [(kind, approx) for kind, known in EXPECTED.items() for approx in known]
+
+
+def expected_kinds(kind, approx):
+    """By name of the blocks of a layer of some kind."""
+    name, block = REGISTER[kind][1], EXPECTED[kind][approx]
+    if kind not in PARTS:
+        return {name: block}
+    return {f"{name}.{part}": block for part in PARTS[kind]}
 
 
 def test_the_table_of_approximations():
@@ -116,15 +149,16 @@ def test_every_approximation_of_every_kind_can_be_registered(kind, approx):
     model = Zoo()
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
-    getattr(layers, method)(model.get_submodule(name), approx)
-    (block,) = layers.get_blocks()
-    assert kinds(layers) == {name: EXPECTED[kind][approx]}
-    assert [id(p) for p in block.params] == [
+    getattr(layers, method)(model.layer(name), approx)
+    blocks = layers.get_blocks()
+    assert kinds(layers) == expected_kinds(kind, approx)
+    assert {id(p) for block in blocks for p in block.params} == {
         id(p) for p in model.get_submodule(name).parameters()
-    ]
-    block.instantiate_factors(0.1)
-    block.register_inverse()
-    assert layers.get_factors() == list(block.factors)
+    }
+    for block in blocks:
+        block.instantiate_factors(0.1)
+        block.register_inverse()
+    assert layers.get_factors() == [f for block in blocks for f in block.factors]
 
 
 SIDES = [
@@ -137,6 +171,8 @@ SIDES = [
     ("fully_connected_multi", "kron_indep_both_diag", (True, True)),
     ("fully_connected", "kron_reduce_in_diag", (True, False)),
     ("fully_connected_multi", "kron_reduce_both_diag", (True, True)),
+    ("recurrent", "kron_in_diag", (True, False) * 2),
+    ("recurrent", "kron_out_diag", (False, True) * 2),
     ("embedding", "kron", (True, False)),
     ("embedding", "kron_in_diag", (True, False)),
     ("embedding", "kron_out_diag", (True, True)),
@@ -151,8 +187,9 @@ def test_which_sides_are_diagonal(kind, approx, diagonal):
     model = Zoo()
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
-    getattr(layers, method)(model.get_submodule(name), approx)
-    layers.get_blocks()[0].instantiate_factors(0.1)
+    getattr(layers, method)(model.layer(name), approx)
+    for block in layers.get_blocks():
+        block.instantiate_factors(0.1)
     stored = [factor.get_cov_var().dim() == 1 for factor in layers.get_factors()]
     assert tuple(stored) == diagonal
 
@@ -163,7 +200,7 @@ def test_an_unknown_approximation(kind):
     layers = LayerCollection(model)
     method, name = REGISTER[kind]
     with pytest.raises(ValueError, match=f"layer {name}: approx: expected one of .*'tri'"):
-        getattr(layers, method)(model.get_submodule(name), "tri")
+        getattr(layers, method)(model.layer(name), "tri")
     assert not layers.blocks
 
 
@@ -172,7 +209,7 @@ def test_an_unknown_approximation(kind):
     ("method", "name"), [m for kind, m in REGISTER.items() if kind != "generic"]
 )
 def test_a_layer_of_another_kind(method, name, approx):
-    if "multi" in method:
+    if "multi" in method or "tied" in method:
         approx = None
     model = Zoo()
     layers = LayerCollection(model)
@@ -370,10 +407,17 @@ def test_what_is_registered_automatically():
         "depthwise": fb.ConvKFCBasicFB,
         "pointwise": fb.ConvKFCBasicFB,
         "transposed": fb.ConvTransposeKFCFB,
+        "norm": fb.ScaleAndShiftFullFB,
+        "batch_norm": fb.ScaleAndShiftFullFB,
         "embedding": fb.EmbeddingKFACFB,
+        "bag": fb.EmbeddingBagKFACFB,
+        "bilinear": fb.BilinearKFACFB,
+        "tied.0": fb.TiedEmbeddingFB,
+        **expected_kinds("attention", "kron"),
+        **expected_kinds("recurrent", "kron"),
     }
     layers.auto_register_layers()  # nothing is left
-    assert len(layers.blocks) == 9
+    assert len(layers.blocks) == 18
     layers.register_fully_connected(model.subclass)  # where one knows what it computes
     assert layers.blocks["subclass"].params[0] is model.subclass.weight
 
@@ -412,11 +456,13 @@ def test_layers_that_share_a_part_are_left_alone():
         ValueError, match="expected modules that share all their parameters"
     ):
         layers.register_fully_connected_multi([model[0], model[1]])
-    tied = nn.ModuleDict({"in": nn.Embedding(5, 2), "out": nn.Linear(2, 5, bias=False)})
-    tied["out"].weight = tied["in"].weight
-    layers = LayerCollection(tied)
+    assert layers.left_alone.keys() == {"0", "1"}
+    mixed = nn.ModuleDict({"in": nn.Conv1d(2, 5, 1), "out": nn.Bilinear(2, 1, 5)})
+    mixed["out"].weight = mixed["in"].weight
+    layers = LayerCollection(mixed)
     layers.auto_register_layers()
     assert not layers.blocks
+    assert "another kind of layer" in layers.left_alone["in"]
 
 
 # Defaults.
@@ -431,8 +477,8 @@ def test_default_approximations(kind, approx):
     getattr(layers, f"set_{spelled_out}")(approx)
     assert layers.default_approximation(kind) == getattr(layers, spelled_out) == approx
     method, name = REGISTER[kind]
-    getattr(layers, method)(model.get_submodule(name))
-    assert kinds(layers) == {name: EXPECTED[kind][approx]}
+    getattr(layers, method)(model.layer(name))
+    assert kinds(layers) == expected_kinds(kind, approx)
     # A collection's defaults are its own.
     other = LayerCollection(model)
     assert other.default_approximation(kind) == DEFAULT_APPROXIMATIONS[kind]

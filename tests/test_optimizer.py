@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -124,21 +125,64 @@ def test_statistics_leave_gradients_and_the_global_generator_alone():
     optimizer.close()
 
 
+class Scaled(nn.Module):
+    """A scale and a shift that are bare parameters, between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.last(self.first(x) * self.scale + self.shift)
+
+
 @pytest.mark.parametrize("momentum_type", ["regular", "adam"])
-def test_parameters_without_a_block_follow_plain_momentum_and_are_named(momentum_type):
+@pytest.mark.parametrize(
+    ("fallback", "words"), [("adamw", "AdamW"), ("sgd", "plain momentum")]
+)
+def test_parameters_without_a_block_follow_a_plain_rule_and_are_named(
+    momentum_type, fallback, words
+):
+    """The steps are those of torch's own AdamW and SGD."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    optimizer = make(model, momentum=0.5, momentum_type=momentum_type)
-    x, y = torch.randn(6, 3), torch.randint(2, (6,))
-    start, velocity = model[1].weight.detach().clone(), 0
-    with pytest.warns(UserWarning, match=r"plain momentum: 1\.bias, 1\.weight$"):
-        train(model, optimizer, [(x, y)])
-    velocity = model[1].weight.grad.clone()
-    expected = start - 0.1 * velocity
-    torch.testing.assert_close(model[1].weight.detach(), expected)
-    train(model, optimizer, [(x, y)])  # no second message: warnings are errors here
-    velocity = 0.5 * velocity + model[1].weight.grad
-    torch.testing.assert_close(model[1].weight.detach(), expected - 0.1 * velocity)
+    model, (x, y) = Scaled(), (torch.randn(6, 3), torch.randint(2, (6,)))
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.fallback = fallback
+    optimizer = make(
+        model,
+        layer_collection=layers,
+        momentum=0.5,
+        momentum_type=momentum_type,
+        weight_decay=0.1,
+    )
+    twins = [p.detach().clone().requires_grad_() for p in (model.scale, model.shift)]
+    theirs = {
+        "adamw": torch.optim.AdamW(twins, lr=3e-3, weight_decay=0.1),
+        "sgd": torch.optim.SGD(twins, lr=0.1, momentum=0.5),
+    }[fallback]
+    for step in range(5):
+        expected = pytest.warns(UserWarning, match=rf"by {words}: scale, shift$")
+        with expected if step == 0 else nullcontext():  # later warnings are errors
+            train(model, optimizer, [(x, y)])
+        for twin, p in zip(twins, (model.scale, model.shift), strict=True):
+            twin.grad = p.grad.clone()
+            decay = 0.0 if fallback == "adamw" else 0.1 * 0.1
+            twin.data.mul_(1 - decay) if decay else None
+        theirs.step()
+        for twin, p in zip(twins, (model.scale, model.shift), strict=True):
+            torch.testing.assert_close(twin, p, rtol=0, atol=1e-6)
+
+
+def test_the_rule_of_a_layer_is_for_a_user_to_choose():
+    model = Scaled()
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.fallback = "sgd"
+    optimizer = make(model, layer_collection=layers)
+    assert [group.get("rule") for group in optimizer.param_groups] == [None, "sgd"]
+    assert optimizer.param_groups[1]["lr"] == 0.1
 
 
 class Tied(nn.Module):
@@ -156,7 +200,7 @@ def test_tied_weights_have_no_block_and_are_named():
     optimizer = make(model, "normal")
     assert list(optimizer.estimator.blocks) == ["first"]
     x = torch.randn(6, 3)
-    with pytest.warns(UserWarning, match=r"plain momentum: a\.bias, a\.weight, b\.bias$"):
+    with pytest.warns(UserWarning, match=r"AdamW: a\.bias, a\.weight, b\.bias$"):
         train(model, optimizer, [(x, torch.randn(6, 4))], functional.mse_loss)
 
 
@@ -171,7 +215,10 @@ def test_a_layer_that_is_never_called_as_a_module_is_named():
 
     model = Functional()
     before = parameters(model)
-    with pytest.warns(UserWarning, match=r"plain momentum: b\.bias, b\.weight$"):
+    with (
+        pytest.warns(UserWarning, match=r"plain momentum: b\.bias, b\.weight$"),
+        pytest.warns(UserWarning, match=r"b \(1 uses, 0 recorded calls\)"),
+    ):
         train(model, make(model), [(torch.randn(6, 3), torch.randint(2, (6,)))])
     assert not any(
         torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
@@ -295,7 +342,7 @@ def test_a_layer_unfrozen_later_is_trained():
     train(model, optimizer, [small()])
     model[0].requires_grad_(True)
     before = model[0].weight.detach().clone()
-    with pytest.warns(UserWarning, match=r"plain momentum: 0\.bias, 0\.weight$"):
+    with pytest.warns(UserWarning, match=r"AdamW: 0\.bias, 0\.weight$"):
         train(model, optimizer, [small()])
     assert not torch.equal(model[0].weight, before)
 
@@ -595,7 +642,7 @@ def test_masked_logits():
 
 
 def test_messages_point_at_the_users_line():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4))
     optimizer = make(model)
     x, y = small(8)
     with pytest.warns() as caught:
@@ -688,7 +735,8 @@ def test_a_gradient_penalty_is_no_data():
         a, b = (make(m, estimation_mode=mode) for m in (model, twin))
         double = x.detach().double().requires_grad_()
         train(model, a, [(double, y)])
-        train(twin, b, [(double, y)], penalised)
+        with pytest.warns(UserWarning, match="differentiated inside its own loss"):
+            train(twin, b, [(double, y)], penalised)
         a.close(), b.close()
         for block, other in zip(
             a.estimator.blocks.values(), b.estimator.blocks.values(), strict=True
@@ -866,7 +914,7 @@ def test_state_of_another_model_is_refused_and_leaves_all_as_it_was():
     with pytest.raises(ValueError, match=r"another model.*missing.*'0', '3'.*unknown.*'1'"):
         optimizer.load_state_dict(foreign.state_dict())
     with pytest.raises(
-        ValueError, match="expected K-FAC state of version 2, got no K-FAC state"
+        ValueError, match="expected K-FAC state of version 3, got no K-FAC state"
     ):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
     after = optimizer.state_dict()
@@ -926,7 +974,7 @@ def test_bad_arguments(kwargs, message):
         make(net(), **kwargs)
 
 
-@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.LSTM(4, 4), nn.ReLU()])
+@pytest.mark.parametrize("model", [nn.PReLU(3), nn.Softmax(-1), nn.ReLU()])
 def test_a_model_without_a_supported_layer(model):
     with pytest.raises(
         ValueError, match=r"has no layer that K-FAC supports: expected an nn\.L"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from kfac_torch import KFAC, QModel
+from kfac_torch import KFAC, LayerCollection, QModel
 from kfac_torch.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
     MultiBernoulliNegativeLogProbLoss,
@@ -485,9 +485,17 @@ def mixed():
     return Scaled()
 
 
+def sgd(model):
+    """Layers whose others are moved by SGD."""
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.fallback = "sgd"
+    return layers
+
+
 def test_parameters_without_a_block_need_an_lr_with_the_model():
     model = mixed()
-    optimizer, before = make(model), vector(model)
+    optimizer, before = make(model, layer_collection=sgd(model)), vector(model)
     with pytest.raises(
         ValueError, match=r'scale: expected an lr.*param_groups\[1\]\["lr"\]'
     ):
@@ -501,7 +509,7 @@ def test_parameters_without_a_block_need_an_lr_with_the_model():
 
 def test_parameters_without_a_block_keep_their_own_options():
     model, data = mixed(), [batch()] * 3
-    optimizer = make(model)
+    optimizer = make(model, layer_collection=sgd(model))
     optimizer.param_groups[1].update(lr=0.1, momentum=0.5)
     expected, velocity = model.scale.detach().clone(), 0.0
     for i, (x, y) in enumerate(data):
@@ -650,7 +658,7 @@ def test_the_norm_limit_of_the_lineage(limit, expected):
     assert products([g, p])[0, 1] == 174
     optimizer = make(net(), momentum_type="regular", lr=0.1, norm_constraint=limit)
     limited = [t.clone() for t in p]
-    optimizer._updates._limit(limited, g, [0.1**2] * 2)
+    optimizer._updates._limit(limited, g, 0.1)
     for ours, whole in zip(limited, p, strict=True):
         torch.testing.assert_close(ours, expected * whole, rtol=1e-9, atol=0)
 
@@ -660,7 +668,7 @@ def test_state_of_an_older_version_is_refused():
     state = optimizer.state_dict()
     state["kfac"]["version"] = 1
     with pytest.raises(
-        ValueError, match="expected K-FAC state of version 2, got version 1"
+        ValueError, match="expected K-FAC state of version 3, got version 1"
     ):
         optimizer.load_state_dict(state)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from . import fisher_blocks as fb
 from .fisher_blocks.layer import check_modules
+from .fisher_blocks.linear import LinearFB
 from .fisher_factors import FactorOptions
 from .fisher_factors.base import check_choice
 
@@ -52,7 +53,7 @@ def _embedding(name: str, kind: BlockFactory) -> dict[str, BlockFactory]:
     }
 
 
-def _generic(kind: BlockFactory, *layer_types: type[nn.Module]) -> BlockFactory:
+def _generic(kind: BlockFactory, *layer_types: type) -> BlockFactory:
     """A block of gradients of parameters, made from a layer."""
 
     def make(module: nn.Module, name: str, options: FactorOptions) -> fb.FisherBlock:
@@ -62,11 +63,21 @@ def _generic(kind: BlockFactory, *layer_types: type[nn.Module]) -> BlockFactory:
     return make
 
 
+def _of_part(kind: BlockFactory) -> BlockFactory:
+    """A block of gradients of parameters, made from a linear map inside a layer."""
+
+    def make(
+        part: fb.LinearPart, module: nn.Module, name: str, options: FactorOptions
+    ) -> fb.FisherBlock:
+        return kind(part.params, name, options)
+
+    return make
+
+
 _CONVOLUTION = _generic(fb.FullFB, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = _generic(
     fb.FullFB, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 )
-
 APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
     {
         "generic": MappingProxyType({"full": fb.FullFB, "diagonal": fb.NaiveDiagonalFB}),
@@ -75,7 +86,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
                 **_kronecker("kron", fb.FullyConnectedKFACBasicFB),
                 **_kronecker("kron_reduce", fb.FullyConnectedKFACReduceFB),
                 "diagonal": fb.FullyConnectedDiagonalFB,
-                "full": _generic(fb.FullFB, nn.Linear),
+                "full": _generic(fb.FullFB, *LinearFB.layer_types),
             }
         ),
         "conv2d": MappingProxyType(
@@ -109,6 +120,21 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
                 "full": _generic(fb.FullFB, nn.Embedding),
             }
         ),
+        "embedding_bag": MappingProxyType(
+            {
+                **_embedding("kron", fb.EmbeddingBagKFACFB),
+                "diagonal": _generic(fb.NaiveDiagonalFB, nn.EmbeddingBag),
+                "full": _generic(fb.FullFB, nn.EmbeddingBag),
+            }
+        ),
+        "tied_embedding": MappingProxyType(_embedding("kron", fb.TiedEmbeddingFB)),
+        "bilinear": MappingProxyType(
+            {
+                **_kronecker("kron", fb.BilinearKFACFB),
+                "diagonal": fb.BilinearDiagonalFB,
+                "full": _generic(fb.FullFB, nn.Bilinear),
+            }
+        ),
         "scale_and_shift": MappingProxyType(
             {"full": fb.ScaleAndShiftFullFB, "diagonal": fb.ScaleAndShiftDiagonalFB}
         ),
@@ -129,6 +155,20 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "embedding_multi": MappingProxyType(
             _embedding("kron_indep", fb.EmbeddingKFACMultiIndepFB)
         ),
+        "attention": MappingProxyType(
+            {
+                "kron": fb.LinearMapFB,
+                "diagonal": _of_part(fb.NaiveDiagonalFB),
+                "full": _of_part(fb.FullFB),
+            }
+        ),
+        "recurrent": MappingProxyType(
+            {
+                **_kronecker("kron", fb.LinearMapFB),
+                "diagonal": _of_part(fb.NaiveDiagonalFB),
+                "full": _of_part(fb.FullFB),
+            }
+        ),
     }
 )
 """By kind of layer, the blocks it can have by the name of the approximation."""
@@ -141,10 +181,15 @@ DEFAULT_APPROXIMATIONS: Mapping[str, str] = MappingProxyType(
         "conv_transpose": "kron",
         "depthwise_conv2d": "kron",
         "embedding": "kron",
+        "embedding_bag": "kron",
+        "tied_embedding": "kron",
+        "bilinear": "kron",
         "scale_and_shift": "full",
         "fully_connected_multi": "kron_indep",
         "conv2d_multi": "kron_indep",
         "embedding_multi": "kron_indep",
+        "attention": "kron",
+        "recurrent": "kron",
     }
 )
 
@@ -225,17 +270,27 @@ class DefaultApproximations:
     default_conv_transpose_approximation = _Default("conv_transpose")
     default_depthwise_conv2d_approximation = _Default("depthwise_conv2d")
     default_embedding_approximation = _Default("embedding")
+    default_embedding_bag_approximation = _Default("embedding_bag")
+    default_tied_embedding_approximation = _Default("tied_embedding")
+    default_bilinear_approximation = _Default("bilinear")
     default_scale_and_shift_approximation = _Default("scale_and_shift")
     default_fully_connected_multi_approximation = _Default("fully_connected_multi")
     default_conv2d_multi_approximation = _Default("conv2d_multi")
     default_embedding_multi_approximation = _Default("embedding_multi")
+    default_attention_approximation = _Default("attention")
+    default_recurrent_approximation = _Default("recurrent")
     set_default_generic_approximation = _SetDefault("generic")
     set_default_fully_connected_approximation = _SetDefault("fully_connected")
     set_default_conv2d_approximation = _SetDefault("conv2d")
     set_default_conv_transpose_approximation = _SetDefault("conv_transpose")
     set_default_depthwise_conv2d_approximation = _SetDefault("depthwise_conv2d")
     set_default_embedding_approximation = _SetDefault("embedding")
+    set_default_embedding_bag_approximation = _SetDefault("embedding_bag")
+    set_default_tied_embedding_approximation = _SetDefault("tied_embedding")
+    set_default_bilinear_approximation = _SetDefault("bilinear")
     set_default_scale_and_shift_approximation = _SetDefault("scale_and_shift")
     set_default_fully_connected_multi_approximation = _SetDefault("fully_connected_multi")
     set_default_conv2d_multi_approximation = _SetDefault("conv2d_multi")
     set_default_embedding_multi_approximation = _SetDefault("embedding_multi")
+    set_default_attention_approximation = _SetDefault("attention")
+    set_default_recurrent_approximation = _SetDefault("recurrent")

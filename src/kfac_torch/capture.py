@@ -8,7 +8,8 @@ output is held as its edge in the graph, which survives an in-place activation b
 (of a view, the output of a linear layer over tokens, by handing on another tensor).
 
 The root alone is hooked for good; layers are for the one forward that is recorded, so
-that other forwards cost nothing, and a compiled root runs that one uncompiled. Where
+that other forwards cost nothing, and a compiled root runs that one uncompiled. Attention
+or an LSTM computes by its parts then (`fused.py`), whose calls are recorded. Where
 `keep_forwards` is set, what the root was called with is kept in `forwards` until
 their reader clears it. Nothing is recorded in `eval` mode, under `torch.no_grad`, while
 `enabled()` is false, or under `functional_call`. The hooks hold the capture weakly: they
@@ -19,14 +20,16 @@ Left out: what is done with the tape.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .fused import ComputeByParts
 
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
 """What a layer is taken to be given, of the arguments of its call: `a`, a tensor; None
@@ -45,10 +48,22 @@ class Layer:
     Args:
         modules: one, or several that share their parameters.
         read: what the layer is given, of the arguments of a call.
+        part: the linear map inside the modules that is meant, of those that `fused.py`
+            knows; the modules' calls themselves if None.
     """
 
     modules: tuple[nn.Module, ...]
     read: Reader = first_input
+    part: str | None = None
+
+
+@dataclass(eq=False)
+class _Fused:
+    """A module that is recorded by parts: their names, and what its call has entered."""
+
+    param: nn.Parameter | None
+    names: dict[str | None, str] = field(default_factory=dict)
+    running: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(eq=False)
@@ -62,6 +77,8 @@ class RootCall:
         weights: of the loss terms, by loss, and their number, as far as the backward has
             shown them; None where all weigh 1.
         arrived: whether a backward has reached the network output.
+        num_terms: the loss terms, once it has.
+        autocast: the dtype of autocast, if it was on.
     """
 
     args: tuple[Any, ...]
@@ -69,6 +86,8 @@ class RootCall:
     random_state: RandomState
     weights: list[tuple[Tensor, float] | None] = field(default_factory=list)
     arrived: bool = False
+    num_terms: float = 0
+    autocast: torch.dtype | None = None
 
 
 @dataclass(eq=False)
@@ -109,6 +128,11 @@ class _Hook:
         self._capture = weakref.ref(capture)
         self._module = weakref.ref(module)
         self._method = method
+
+    @property
+    def capture(self) -> Capture | None:
+        """What the hook is of, if that is still there."""
+        return self._capture()
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -164,21 +188,31 @@ class Capture:
         watch_grads: bool = False,
         watch_params: Iterable[Tensor] = (),
     ) -> None:
+        self._root = weakref.ref(model)
+        self.busy = False
         self._on_forward = on_forward
         self._enabled = enabled
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
         self._recording = ExitStack()  # what ends with the forward that is recorded
+        self._by_parts = ExitStack()  # and what ends when the next one begins
         self._kept: RootCall | None = None  # of the running forward, or of the last
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
+        self.probe: GradientProbe | None = None
         self.keep_forwards = False
         self.forwards: list[RootCall] = []
         self._layers = {
             module: (name, layer.read, next(module.parameters(), None))
             for name, layer in layers.items()
             for module in layer.modules
+            if layer.part is None
         }
+        self._fused: dict[nn.Module, _Fused] = {}
+        for name, layer in layers.items():
+            for module in layer.modules if layer.part is not None else ():
+                param = next(module.parameters(), None)
+                self._fused.setdefault(module, _Fused(param)).names[layer.part] = name
         self._compiled = uncompiled(model) is not model
         handles = [param.register_hook(_ParamHook(self, param)) for param in watch_params]
         handles += [
@@ -193,7 +227,33 @@ class Capture:
     def close(self) -> None:
         """Remove every hook."""
         self._recording.close()
+        self._by_parts.close()
         self._finalizer()
+        if self.probe is not None:
+            self.probe.close()
+
+    @contextmanager
+    def own_gradients(self) -> Iterator[None]:
+        """Take gradients that no capture is to think the user's.
+
+        There may be others on the same model, or on parts of it.
+        """
+        hooks = [h for m in self._model.modules() for h in m._forward_hooks.values()]
+        captures = {hook.capture for hook in hooks if isinstance(hook, _Hook)} - {None}
+        busy = [capture for capture in captures if capture and not capture.busy]
+        try:
+            for capture in busy:
+                capture.busy = True
+            yield
+        finally:
+            for capture in busy:
+                capture.busy = False
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._root()
+        assert model is not None
+        return model
 
     @property
     def last_forward(self) -> RootCall | None:
@@ -205,12 +265,18 @@ class Capture:
     ) -> None:
         training = model.training and torch.is_grad_enabled()
         self._recording.close()
+        self._by_parts.close()
         self._tape, self._kept = None, None
         if training and self._enabled():
             self._tape = []
             self._watch_layers()
+            if model in self._fused:  # its own hooks for what comes first are running
+                self._enter(model)
         if training and self.keep_forwards and self._has_its_params():
-            self._kept = RootCall(args, kwargs, random_state(_device(model)))
+            device = _device(model)
+            self._kept = RootCall(args, kwargs, random_state(device))
+            if torch.is_autocast_enabled(device.type):
+                self._kept.autocast = torch.get_autocast_dtype(device.type)
             self.forwards.append(self._kept)
 
     def _watch_layers(self) -> None:
@@ -221,6 +287,15 @@ class Capture:
                 _Hook(self, module, "_record"), prepend=True, with_kwargs=True
             )
             self._recording.callback(handle.remove)
+        for module, fused in self._fused.items():
+            self._by_parts.callback(fused.running.close)  # after an interrupt, say
+            for handle in (
+                module.register_forward_pre_hook(_Hook(self, module, "_enter")),
+                module.register_forward_hook(
+                    _Hook(self, module, "_leave"), prepend=True, always_call=True
+                ),
+            ):
+                self._by_parts.callback(handle.remove)
         if self._compiled:
             self._recording.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -228,7 +303,10 @@ class Capture:
         """Whether a call is one of the model's own, not one under `functional_call`."""
         return all(
             next(module.parameters(), None) is param
-            for module, (_, _, param) in self._layers.items()
+            for module, param in [
+                *((module, param) for module, (_, _, param) in self._layers.items()),
+                *((module, fused.param) for module, fused in self._fused.items()),
+            ]
         )
 
     def _record(
@@ -243,6 +321,27 @@ class Capture:
         a = read(module, args, kwargs)
         return self._write(name, a, output) if isinstance(a, Tensor) else None
 
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        """Let a module compute by parts, which are recorded, until `_leave`.
+
+        Without recording them where a checkpoint computes it again, in the backward, and
+        expects what it had in the forward.
+        """
+        fused = self._fused[module]
+        if next(module.parameters(), None) is not fused.param:
+            return
+
+        def record(part: str, a: Tensor, s: Tensor) -> Tensor:
+            name = fused.names.get(part)
+            if self._tape is None or name is None or not s.requires_grad:
+                return s
+            return self._write(name, a, s)
+
+        fused.running.enter_context(ComputeByParts(record))
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._fused[module].running.close()
+
     def _write(self, name: str, a: Tensor, output: Tensor) -> Tensor:
         """Put a call on the tape; return the output to go on with."""
         assert self._tape is not None
@@ -253,15 +352,27 @@ class Capture:
         edge = None if self._watch_grads else get_gradient_edge(output)
         call = LayerCall(name, a.detach(), edge, a._version, output.nbytes, output.shape)
         if self._watch_grads:
-            watch_gradient(output, call.grads.append)
+            self._watch_output(output, call.grads)
         self._tape.append(call)
         return output
+
+    def _watch_output(self, output: Tensor, grads: list[Tensor]) -> None:
+        known = weakref.ref(self)
+
+        def keep(grad: Tensor) -> None:
+            capture = known()
+            if capture is not None and not capture.busy:
+                grads.append(grad)
+
+        watch_gradient(output, keep)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self.recorded = self._tape is not None
         calls, self._tape = self._tape or [], None
         self._recording.close()
         failed = output is None  # the forward raised
+        if failed:
+            self._by_parts.close()
         if failed and self._kept is not None:
             self.forwards.remove(self._kept)
             self._kept = None
@@ -287,13 +398,61 @@ class _ParamHook:
 
     def __call__(self, grad: Tensor) -> None:
         capture, param = self._capture(), self._param()
-        if capture is None or param is None or torch.is_grad_enabled():
+        if capture is None or param is None or capture.busy or torch.is_grad_enabled():
             return
         known = capture.param_grads.get(param)
         capture.param_grads[param] = grad.detach() if known is None else known + grad
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
+
+
+class GradientProbe:
+    """What became of a gradient between its backward and the step: one small parameter's.
+
+    Args:
+        param: the parameter.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> probe = GradientProbe(weight)
+    >>> (1024 * weight.sum()).backward()
+    >>> weight.grad /= 2048  # a GradScaler and a norm that was clipped
+    >>> probe.ratio()
+    tensor(0.0005)
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self._param = param
+        self._sum: Tensor | None = None
+        add = weakref.WeakMethod(self._add)
+
+        def hook(grad: Tensor) -> None:
+            method = add()
+            if method is not None and not torch.is_grad_enabled():
+                method(grad.detach())
+
+        self._handle = param.register_hook(hook)
+
+    def _add(self, grad: Tensor) -> None:
+        self._sum = grad.clone() if self._sum is None else self._sum + grad
+
+    def clear(self) -> None:
+        """Forget what has come."""
+        self._sum = None
+
+    def ratio(self) -> Tensor | None:
+        """Return the factor, 0-dim; None where no gradient has come."""
+        brought, kept = self._sum, self._param.grad
+        if brought is None or kept is None:
+            return None
+        brought = brought.to(torch.promote_types(brought.dtype, torch.float32))
+        largest = brought.abs().max()
+        unit = brought / largest  # whose square does not overflow
+        return (kept.to(unit) * unit).sum() / unit.square().sum() / largest
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
 
 
 RandomState: TypeAlias = "tuple[Tensor, Tensor | None]"

@@ -25,7 +25,7 @@ from .fisher_blocks import FisherBlock
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
-from .row_facts import RowFacts, expectation
+from .row_facts import RowFacts, expectation, has_rows
 
 _SAME_DIRECTION = 1e-3  # of 1 − cosine: what is wrong is the scale alone
 
@@ -194,8 +194,9 @@ def _complete(
     if not layers.blocks:
         raise ValueError(
             f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-            "nn.Linear, an nn.Conv1d/2d/3d or an nn.Embedding with a trained weight, or "
-            "blocks registered in layer_collection"
+            "nn.Linear, a convolution, an embedding, a normalisation or another layer of "
+            "registration.KINDS with a trained weight, or blocks registered in "
+            "layer_collection"
         )
     if (loss is None) == (not layers.registered_losses):
         given = "neither" if loss is None else "both"
@@ -310,7 +311,7 @@ def _compare(
                 problems[name] = "the layer had no part in the output"
         except NotImplementedError:
             problems[name] = "its inverse alone is known"
-    facts = {n: RowFacts(each.block) for n, each in sums.items() if each.block.modules}
+    facts = {n: RowFacts(each.block) for n, each in sums.items() if has_rows(each.block)}
     calls: list[LayerCall] = []
     capture = Capture(
         model,

@@ -1,9 +1,10 @@
-"""Look at a run: the spectra of the Kronecker factors.
+"""Look at a run: the spectra of the factors.
 
 Notation: `A` the second moment of a layer's inputs, `G` that of its output gradients.
 The curvature of a layer is `A ⊗ G`, whose eigenvalues are all products of one of `A`
 and one of `G`: the spread of the two spectra is what a first-order step has to cope
-with and a K-FAC step divides out, down to the damping. Left out: plotting.
+with and a K-FAC step divides out, down to the damping. A factor that is no whole matrix
+has the eigenvalues of what it keeps, which is never made dense. Left out: plotting.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fisher_blocks import FisherBlock
 from .optimizer import KFAC
 
 
 @torch.no_grad()
 def factor_spectra(optimizer: KFAC) -> dict[str, dict[str, Tensor]]:
-    """Return the ascending eigenvalues of `A` and `G`, without damping, by layer name.
+    """Return the ascending eigenvalues of the factors, without damping, by layer name.
 
-    Layers without statistics are left out.
+    A layer has an `"input"` and an `"output"`, each `[n]`, with groups `[groups, n]`; a
+    block of one factor, `"block"`. Layers without statistics are left out.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -32,11 +35,19 @@ def factor_spectra(optimizer: KFAC) -> dict[str, dict[str, Tensor]]:
     spectra = {}
     for name, block in optimizer.estimator.blocks.items():
         if block.has_statistics:
-            sides = zip(("input", "output"), block.factors, strict=True)
             spectra[name] = {
-                side: torch.linalg.eigvalsh(factor.get_cov()) for side, factor in sides
+                side: factor.spectrum()
+                for side, factor in zip(_sides(block), block.factors, strict=True)
             }
     return spectra
+
+
+def _sides(block: FisherBlock) -> list[str]:
+    if len(block.factors) == 1:
+        return ["block"]
+    if len(block.factors) == 2:
+        return ["input", "output"]
+    return [factor.name.removeprefix(f"{block.name}.") for factor in block.factors]
 
 
 def effective_rank(eigenvalues: Tensor) -> float:

@@ -20,9 +20,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .capture import LayerCall, RootCall
+from .capture import Capture, LayerCall, RootCall
 from .loss_collection import LossCollection
 from .loss_functions import LossFactory, LossFunction
+from .use_count import UseWatch
 
 _MAX_WAITING = 8
 
@@ -109,13 +110,22 @@ class Forwards:
         losses: of the model.
         gather: takes the statistics of a forward, from its calls and network outputs,
             while the graph is whole.
+        use_watch: counts uses of parameters where a backward first reaches an output.
+        capture: of the model.
     """
 
-    def __init__(self, losses: LossCollection, gather: Gather) -> None:
+    def __init__(
+        self,
+        losses: LossCollection,
+        gather: Gather,
+        use_watch: UseWatch,
+        capture: Capture,
+    ) -> None:
+        self._capture = capture
         self._losses = losses
         self._gather = gather
+        self._use_watch = use_watch
         self._waiting: list[Forward] = []
-        self._busy = False
         self.arrived: list[Forward] = []
 
     def add(
@@ -160,14 +170,21 @@ class Forwards:
 
     def _arrive(self, forward: Forward, index: int, gradient: Tensor) -> None:
         """A backward has reached a network output, and not yet the layers."""
-        if self._busy:  # it is our own
+        if self._capture.busy:  # it is our own
             return
         part, first = forward.parts[index], not forward.arrived
+        derivative = torch.is_grad_enabled()
+        if derivative:
+            self._use_watch.see_derivative()
+        if not self._use_watch.counted and forward.outputs:
+            calls = [call for other in self._waiting for call in other.calls]
+            outputs = [z for other in self._waiting for z in other.outputs]
+            self._use_watch.see(calls, outputs)
         if first:
             forward.arrived = True
             self._waiting.remove(forward)
             self.arrived.append(forward)
-        if not torch.is_grad_enabled():
+        if not derivative:
             # A gradient that is itself to be differentiated (a penalty on it, say) is not
             # the loss's. Several backwards through one graph add up, as they do in .grad.
             gradient = gradient.detach()
@@ -178,6 +195,7 @@ class Forwards:
             if forward.root is not None:
                 forward.root.arrived = True
                 forward.root.weights = [part.term_weights for part in forward.parts]
+                forward.root.num_terms = forward.num_terms
             self._take(forward)
 
     def _take(self, forward: Forward) -> None:
@@ -185,12 +203,9 @@ class Forwards:
         forward.calls, forward.outputs = [], []
         if not outputs or not forward.num_terms > 0:
             return
-        self._busy = True
-        try:
-            with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
-                self._gather(forward, calls, outputs)
-        finally:
-            self._busy = False
+        autocast = torch.autocast(outputs[0].device.type, enabled=False)
+        with torch.no_grad(), autocast, self._capture.own_gradients():
+            self._gather(forward, calls, outputs)
 
     def take_rest(self) -> None:
         """Take the forwards that no backward has reached, where none has reached any."""

@@ -7,7 +7,6 @@ model returns. Left out: layers found by looking at the graph.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -15,19 +14,24 @@ from torch import Tensor, nn
 
 from .approximations import APPROXIMATIONS, DefaultApproximations, takes_size_limit
 from .capture import uncompiled
-from .fisher_blocks import FisherBlock
+from .coverage import Reports
+from .fisher_blocks import FisherBlock, linear_parts
 from .fisher_factors import FactorOptions, FisherFactor
 from .fisher_factors.base import check_choice
-from .loss_collection import LossCollection
+from .fused_registration import FusedRegistration
+from .layer_choice import Choices, Layers
+from .plain_updates import PLAIN_RULES
+from .registration import Found, find_layers
+from .registration_checks import RegistrationChecks, as_list
 from .size_limit import SizeLimit
-from .use_count import count_uses
+from .use_count import UseWatch
 
 _Factor = TypeVar("_Factor", bound=FisherFactor)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class LayerCollection(DefaultApproximations, LossCollection):
+class LayerCollection(
+    FusedRegistration, DefaultApproximations, RegistrationChecks, Reports
+):
     """The blocks of a model by name, and its losses.
 
     Args:
@@ -61,18 +65,18 @@ class LayerCollection(DefaultApproximations, LossCollection):
                 f"{type(model).__name__}; pass model rather than model.parameters()"
             )
         DefaultApproximations.__init__(self)
-        LossCollection.__init__(self)
-        self.model = model
-        self.blocks: dict[str, FisherBlock] = {}
+        RegistrationChecks.__init__(self, model)
+        self.use_watch = UseWatch(self.blocks)
         self._options = options
         self._size_limit = size_limit
+        self.left_alone: dict[str, str] = {}  # by auto_register_layers, and why
         self._linked: dict[frozenset[int], str | None] = {}
-        self._uses: dict[str, int | None] = {}
         self._factors: dict[Hashable, FisherFactor] = {}
-        # Shared modules and parameters are known by their first name.
-        module = uncompiled(model)
-        self._module_names = {id(m): name for name, m in module.named_modules()}
-        self._param_names = {id(p): name for name, p in module.named_parameters()}
+        self._choices = Choices()
+        self.fallback = "adamw"
+        # Shared modules are known by their first name.
+        modules = uncompiled(model).named_modules()
+        self._module_names = {id(m): name for name, m in modules}
 
     # Linked parameters.
 
@@ -92,7 +96,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
             ValueError: a parameter that is linked or registered already, or that the
                 model does not have, or an approximation that no layer has.
         """
-        group = _sequence(params)
+        group = as_list(params)
         taken = {i for linked in self._linked for i in linked}
         taken |= {id(p) for p in self.registered_variables}
         for param in group:
@@ -225,7 +229,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
         if isinstance(params, nn.Module):
             name = name or self._module_names.get(id(params)) or "model"
             params = [p for p in params.parameters() if p.requires_grad]
-        params = _sequence(params)
+        params = as_list(params)
         if not all(isinstance(p, Tensor) for p in params):
             raise TypeError(
                 f"register_generic: expected a module or parameters that are trained, got "
@@ -240,7 +244,7 @@ class LayerCollection(DefaultApproximations, LossCollection):
     def register_fully_connected(
         self, module: nn.Module, approx: str | None = None, name: str | None = None
     ) -> None:
-        """Register an `nn.Linear` that is called once in a forward.
+        """Register an `nn.Linear`, or a `Conv1D` of transformers, called once in a forward.
 
         `approx`: `"kron"`, with diagonal sides `"kron_in_diag"`, `"kron_out_diag"`,
         `"kron_both_diag"`, `"kron_reduce"` (averaged over the positions of an example,
@@ -326,17 +330,62 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """
         self._register("embedding", module, approx, name)
 
+    def register_embedding_bag(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.EmbeddingBag` of mode `"sum"` or `"mean"`.
+
+        `approx`: as `register_embedding`; `"kron"` leaves out how the words of a bag occur
+        together.
+
+        Raises:
+            ValueError: as `register_block`, an unknown approximation, or mode `"max"`,
+                which has `"diagonal"` and `"full"` alone.
+        """
+        self._register("embedding_bag", module, approx, name)
+
+    def register_tied_embedding(
+        self,
+        modules: Sequence[nn.Module],
+        approx: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Register embeddings and linear heads that share one weight.
+
+        A bias of a head is not in the block; see `register_generic`.
+
+        `approx`: as `register_embedding`, of `"kron"` and its sides alone.
+
+        Raises:
+            TypeError: a module of another type.
+            ValueError: as `register_block`, an unknown approximation, or modules that do
+                not share their weight.
+        """
+        self._register("tied_embedding", modules, approx, name, num_uses=None)
+
+    def register_bilinear(
+        self, module: nn.Module, approx: str | None = None, name: str | None = None
+    ) -> None:
+        """Register an `nn.Bilinear`: a linear layer of the products of its inputs.
+
+        `approx`: as `register_fully_connected`, but for `"kron_reduce"`.
+
+        Raises:
+            ValueError: as `register_block`, or an unknown approximation.
+        """
+        self._register("bilinear", module, approx, name)
+
     def register_scale_and_shift(
         self, module: nn.Module, approx: str | None = None, name: str | None = None
     ) -> None:
         """Register a normalisation layer with a trained scale, and maybe a shift.
 
-        `approx`: `"full"` or `"diagonal"`.
+        It may be called any number of times. `approx`: `"full"` or `"diagonal"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
         """
-        self._register("scale_and_shift", module, approx, name)
+        self._register("scale_and_shift", module, approx, name, num_uses=None)
 
     def register_fully_connected_multi(
         self,
@@ -390,68 +439,101 @@ class LayerCollection(DefaultApproximations, LossCollection):
         """
         self._register("embedding_multi", module, approx, name, num_uses)
 
-    def auto_register_layers(self, model: nn.Module | None = None) -> None:
-        """Register every linear layer, convolution, transposed or not, and embedding.
+    def auto_register_layers(
+        self, model: nn.Module | None = None, layers: Layers | None = None
+    ) -> None:
+        """Register every layer that has a block of its own: `registration.KINDS`.
 
-        Left alone are layers without a trained weight, what is registered already,
-        subclasses, since they may compute something else, and layers that share a
-        parameter with a module of another kind, since their calls alone do not make up
-        its curvature, and parameters that are linked otherwise. Linear layers that share
-        all their parameters are registered together.
+        Modules that share all their parameters are registered together, and so are
+        embeddings and linear heads with one weight. Left alone is what is registered
+        already, parameters that are linked otherwise, and modules of which `left_alone`
+        says by name why. A normalisation layer with many features has a diagonal block
+        where the default is the full one.
 
         Args:
             model: a part of the collection's model; all of it if None.
+            layers: which approximation, if not the default, what to leave alone, and what
+                becomes of parameters without a block.
+
+        Raises:
+            ValueError: a choice that means nothing in the model, an approximation that a
+                layer cannot have, or trained parameters without a block where
+                `fallback="error"`. What was registered until then stays.
         """
         root = self.model if model is None else model
-        owners = Counter(
-            id(param)
-            for module in self.model.modules()
-            for param in module.parameters(recurse=False)
-        )
+        if layers is not None:
+            self._choices = layers.resolve(uncompiled(self.model))
+            self.fallback = layers.fallback
+            self._size_limit = layers.size_limit or self._size_limit
         taken = {id(param) for param in self.registered_variables}
-        for module in root.modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-                continue
-            ids = [id(param) for param in module.parameters(recurse=False)]
-            if taken.intersection(ids) or self._linked_otherwise(module):
-                continue
-            if type(module) is nn.Linear and any(owners[i] > 1 for i in ids):
-                tied = self._tied(ids)
-                if all(owners[i] == len(tied) for i in ids):
-                    self.register_fully_connected_multi(tied)
-                    taken.update(ids)
-            elif any(owners[i] > 1 for i in ids):
-                continue
-            elif type(module) is nn.Linear:
-                self.register_fully_connected(module)
-            elif type(module) in _CONVOLUTIONS:
-                self.register_convolution(module)
-            elif type(module) in _TRANSPOSED:
-                self.register_conv_transpose(module)
-            elif type(module) is nn.Embedding and not module.sparse:
-                self.register_embedding(module)
+        for found in find_layers(root, self.model, taken):
+            if isinstance(found, Found):
+                self._register_found(found)
+            else:
+                module, reason = found
+                name = self._module_names.get(id(module))
+                self.left_alone[name or type(module).__name__] = reason
+        self._fall_back(root)
+
+    def _register_found(self, found: Found) -> None:
+        names = [self._module_names.get(id(module), "") for module in found.modules]
+        excluded = any(name in self._choices.excluded for name in names)
+        if excluded or any(map(self._linked_otherwise, found.modules)):
+            return
+        approx = self._choices.approximation(names[0], tuple(APPROXIMATIONS[found.kind]))
+        if approx in PLAIN_RULES:
+            return
+        large_norm = found.is_large_norm and self._prefers_full_scales(found.modules[0])
+        if approx is None and large_norm:
+            approx = "diagonal"
+        for module in found.modules:
+            for own, param in module.named_parameters(names[0]):
+                name = self._param_names.get(id(param), own)
+                if self.is_excluded(param) or self.is_chosen(name):
+                    raise ValueError(
+                        f"{own}: expected a choice for its whole layer, of whose block it "
+                        f"is a part, got one for itself: choose for {names[0] or 'all'}"
+                    )
+        register = getattr(self, f"register_{found.register}")
+        one = len(found.modules) == 1
+        register(found.modules[0] if one else found.modules, approx)
+
+    def _fall_back(self, root: nn.Module) -> None:
+        """See to the trained parameters that no layer type covers."""
+        owned = {id(param) for param in self.registered_variables}
+        rest = {
+            self._param_names[id(p)]: p
+            for p in root.parameters()
+            if p.requires_grad and id(p) not in owned and not self.is_excluded(p)
+        }
+        rest = {name: p for name, p in rest.items() if not self.is_chosen(name)}
+        if self.fallback == "error" and rest:
+            raise ValueError(
+                f"these trained parameters have no K-FAC block: {', '.join(rest)}; "
+                'expected none with fallback="error". Register them (register_generic), '
+                'exclude them, choose a rule for them (approx={...: "adamw"}), or use '
+                "another fallback; report() says why each has none"
+            )
+        if self.fallback == "diagonal":
+            linked = {i for group in self._linked for i in group}
+            for name, param in rest.items():
+                if id(param) not in linked:
+                    self.register_generic(param, "diagonal", name)
+
+    def _prefers_full_scales(self, module: nn.Module) -> bool:
+        """Whether a normalisation layer has a full block for want of another choice."""
+        linked = self._linked.get(frozenset(map(id, module.parameters())))
+        return linked is None and self.default_scale_and_shift_approximation == "full"
 
     def _linked_otherwise(self, module: nn.Module) -> bool:
         """Whether a layer's parameters are linked, but not as this layer."""
-        ids = {id(p) for p in module.parameters(recurse=False) if p.requires_grad}
-        return any(linked & ids and linked != ids for linked in self._linked)
-
-    def _tied(self, ids: list[int]) -> list[nn.Module]:
-        """All linear layers with these parameters and no others."""
-        return [
-            module
-            for module in self.model.modules()
-            if type(module) is nn.Linear
-            and [id(p) for p in module.parameters(recurse=False)] == ids
+        groups = [frozenset(map(id, part.params)) for part in linear_parts(module)] or [
+            frozenset(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
         ]
+        ids = frozenset[int]().union(*groups)
+        return any(linked & ids and linked not in groups for linked in self._linked)
 
     # What is registered.
-
-    @property
-    def registered_variables(self) -> list[nn.Parameter]:
-        """All parameters that have a block."""
-        return [param for block in self.blocks.values() for param in block.params]
 
     def get_blocks(self) -> list[FisherBlock]:
         """Return all blocks, in order of registration."""
@@ -479,95 +561,15 @@ class LayerCollection(DefaultApproximations, LossCollection):
             factor = self._factors[key] = cls(*args)
         return factor
 
-    def describe(self, param: Tensor) -> str:
-        """Return `parameter` and its name in the model."""
-        name = self._param_names.get(id(param))
-        return f"parameter {name}" if name else f"a tensor of shape {tuple(param.shape)}"
+    def is_excluded(self, param: Tensor) -> bool:
+        """Whether a parameter is another optimizer's."""
+        return self._param_names.get(id(param)) in self._choices.excluded
 
-    # Checks.
+    def is_chosen(self, name: str) -> bool:
+        """Whether the user said which rule moves a parameter."""
+        return self._choices.rule(name) is not None
 
-    def check_blocks(self) -> None:
-        """Raise ValueError unless there is a block."""
-        if not self.blocks:
-            raise ValueError(
-                "no layer is registered: call auto_register_layers() or a register_... "
-                "method of the layer collection first"
-            )
-
-    def check_variables(self, variables: Iterable[Tensor]) -> None:
-        """Raise ValueError unless `variables` are exactly those registered."""
-        problems = self._variable_problems(variables)
-        if problems:
-            raise ValueError("variables: " + "; ".join(problems))
-
-    def _variable_problems(self, variables: Iterable[Tensor]) -> list[str]:
-        given = {id(variable): variable for variable in variables}
-        ours = {id(variable): variable for variable in self.registered_variables}
-        missing = [
-            f"{self.describe(variable)} has no block: register its layer, or itself with "
-            "register_generic"
-            for i, variable in given.items()
-            if i not in ours
-        ]
-        superfluous = [
-            f"{self.describe(variable)} is registered, but "
-            f"{'not among the variables' if variable.requires_grad else 'is frozen'}"
-            for i, variable in ours.items()
-            if i not in given
-        ]
-        return missing + superfluous
-
-    def check_registration(
-        self, variables: Iterable[Tensor] | None = None, outputs: Any = None
-    ) -> None:
-        """Check that every variable is registered, and as often as it is used.
-
-        Args:
-            variables: what has to be registered, no more and no less; all trained
-                parameters of the model if None.
-            outputs: the network outputs of a forward, attached to its graph: a tensor or
-                several, or what the model returned, where the losses say what is in it.
-                If given, the uses of each parameter in that graph are counted and
-                compared with those registered: 1, or `num_uses` of a layer that is used
-                several times. Generic blocks may be used any number of times.
-
-        Raises:
-            ValueError: all that is wrong, in one message.
-        """
-        if variables is None:
-            variables = [p for p in self.model.parameters() if p.requires_grad]
-        problems = self._variable_problems(variables)
-        if outputs is not None:
-            problems += self._use_problems(outputs)
-        if problems:
-            raise ValueError("registration: " + "; ".join(problems))
-
-    def _use_problems(self, outputs: Any) -> list[str]:
-        tensors = _sequence(outputs) if isinstance(outputs, Tensor | list | tuple) else []
-        if not tensors or not all(isinstance(z, Tensor) for z in tensors):
-            self.check_losses()
-            tensors = [z for _, z in self.network_outputs(outputs)]
-        counts = count_uses(tensors)
-        problems: list[str] = []
-        for name, block in self.blocks.items():
-            expected = self._uses[name]
-            if expected is None or block.needs_param_grads:
-                continue
-            problems += [
-                f"{self.describe(param)} is registered with {expected} use(s), but used "
-                f"{counts[param]} time(s) by the outputs"
-                for param in block.params
-                if param.requires_grad and counts[param] != expected
-            ]
-        if problems:
-            problems.append(
-                "register a layer that is called several times with a "
-                "register_..._multi method and num_uses=; one whose parameters are used "
-                "beside its own calls, or whose derivatives are part of the output (as in "
-                "a physics-informed loss), with register_generic"
-            )
-        return problems
-
-
-def _sequence(value: Any) -> list[Any]:
-    return [value] if isinstance(value, Tensor) else list(value)
+    def plain_rule(self, param: Tensor) -> str:
+        """Return the rule that moves a parameter while it has no block."""
+        chosen = self._choices.rule(self._param_names.get(id(param), ""))
+        return chosen or (self.fallback if self.fallback in PLAIN_RULES else "adamw")

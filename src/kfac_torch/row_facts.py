@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .capture import LayerCall
 from .fisher_blocks import (
@@ -25,10 +26,12 @@ from .fisher_blocks import (
     ConvKFCBasicFB,
     FisherBlock,
     KroneckerProductFB,
+    LinearMapFB,
 )
 from .fisher_blocks.conv_transpose import ConvTransposeFB
 from .fisher_blocks.normalization import ScaleAndShiftFB
 from .fisher_blocks.reduce import ReduceFB
+from .fisher_blocks.tied import TiedEmbeddingFB
 from .fisher_factors import (
     ConvInputKroneckerFactor,
     ConvInputSUAKroneckerFactor,
@@ -53,6 +56,8 @@ class RowFacts:
         self._channels_first = isinstance(block, _CONVOLUTIONS)
         self._elementwise = isinstance(block, ScaleAndShiftFB)
         self._groups = getattr(block, "groups", 1)
+        # The queries, keys and values of attention: a call each.
+        self._in_turn = isinstance(block, LinearMapFB) and self._groups > 1
         self._masks: list[Tensor | None] = []
         self._generator = torch.Generator().manual_seed(0)
         self.num_rows = 0  # R, without padding
@@ -69,7 +74,9 @@ class RowFacts:
 
     def _mask(self, inputs: Tensor) -> Tensor | None:
         padding = getattr(self._module, "padding_idx", None)
-        return None if padding is None else inputs.flatten() != padding
+        if padding is None or inputs.is_floating_point():  # of bags
+            return None
+        return inputs.flatten() != padding
 
     def _rows(self, grad: Tensor, mask: Tensor | None) -> Tensor:
         """Bring `[S, *output.shape]` to `[S, R, groups, size]`."""
@@ -81,12 +88,22 @@ class RowFacts:
         rows = rows if mask is None else rows[:, mask]
         return rows.unflatten(-1, (self._groups, -1))
 
+    def _rows_of_calls(self, grads: Sequence[Tensor]) -> Tensor:
+        """Bring the calls' gradients to `[S, R, groups, size]`."""
+        if not self._in_turn:
+            pairs = zip(grads, self._masks, strict=True)
+            return torch.cat([self._rows(grad, mask) for grad, mask in pairs], 1)
+        flat = [grad.flatten(1, -2) for grad in grads]
+        each = [torch.cat(flat[g :: self._groups], 1) for g in range(self._groups)]
+        most = max(rows.shape[1] for rows in each)  # a group with fewer has zeros
+        padded = [pad(rows, (0, 0, 0, most - rows.shape[1])) for rows in each]
+        return torch.stack(padded, 2)
+
     def _random(self, *shape: int, like: Tensor) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(like)
 
     def _project(self, grads: Sequence[Tensor]) -> Tensor:
-        pairs = zip(grads, self._masks, strict=True)
-        rows = torch.cat([self._rows(grad, mask) for grad, mask in pairs], 1)
+        rows = self._rows_of_calls(grads)
         if not self.num_rows:
             self.num_rows = rows.shape[1]
             self._directions = self._random(*rows.shape[2:], _DIRECTIONS, like=rows)
@@ -130,6 +147,11 @@ def _resolution(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps ** 0.5
 
 
+def has_rows(block: FisherBlock) -> bool:
+    """Whether a block is of one layer, whose rows all have the same sizes."""
+    return bool(block.modules) and not isinstance(block, TiedEmbeddingFB)
+
+
 def is_diagonal(block: FisherBlock) -> bool:
     """Whether a block is the diagonal of one."""
     return len(block.factors) == 1 and isinstance(block.factors[0], DiagonalFactor)
@@ -140,6 +162,8 @@ def expectation(block: FisherBlock, facts: RowFacts | None) -> tuple[bool, str]:
     kind = "diagonal" if is_diagonal(block) else "full block"
     if block.needs_param_grads:
         return True, f"the {kind} of every example's gradient"
+    if isinstance(block, TiedEmbeddingFB):
+        return False, "two uses of a weight are taken as one product"
     if facts is None or not facts.num_rows:
         return False, "nothing is known of this block"
     if not facts.examples_apart:

@@ -3,8 +3,9 @@
 Notation and the rules: `optimizer.py`. A step is proposed as a whole, with what to
 remember of it and, where asked for, the change of the loss that is predicted for exactly
 this step: by the exact quadratic model where that makes the step, else with the
-Kronecker-factored `F̂` in its place, of which parameters without a block are no part.
-Left out: when to take a step, and whether (the optimizer's business).
+Kronecker-factored `F̂` in its place. Parameters without a block follow a plain rule
+(`plain_updates.py`); their part of the prediction is of first order. Left out: when to
+take a step, and whether (the optimizer's business).
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import random_state, set_random_state, uncompiled
-from .damping import LevenbergMarquardt
+from .capture import RootCall, random_state, set_random_state, uncompiled
+from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
-from .options import Damping
+from .options import Damping, QModel, TrustRegion
+from .plain_updates import plain_options, propose_plain
 from .quadratic_model import (
     QuadraticModel,
     TermWeights,
@@ -32,59 +34,8 @@ from .quadratic_model import (
     products,
     rerun,
 )
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step did; tensors are left on their device, None is what was not computed.
-
-    Args:
-        step: its number, from 0, burn-in steps not counted.
-        lr: `η`, or `−α η` of the quadratic model.
-        momentum: `μ`, or the one found by the quadratic model.
-        damping: λ that was used.
-        loss: what the closure returned, per loss term.
-        new_loss: the same after the step.
-        predicted_change: of the loss, by the quadratic model.
-        rho: the change of the loss over the predicted one.
-    """
-
-    step: int
-    lr: Tensor | float
-    momentum: Tensor | float
-    damping: float
-    loss: Tensor | float | None = None
-    new_loss: Tensor | float | None = None
-    predicted_change: Tensor | None = None
-    rho: float | None = None
-
-
-@dataclass
-class Step:
-    """A step that is proposed; nothing has changed yet.
-
-    Args:
-        params: what moves.
-        deltas: `δ`, by parameter.
-        memory: what to remember of the step, by parameter: a key and a tensor.
-        finite: whether there is neither a NaN nor an Inf in it; 0-dim.
-        lr: see `StepRecord`.
-        momentum: see `StepRecord`.
-        predicted_change: see `StepRecord`.
-    """
-
-    params: list[Tensor]
-    deltas: list[Tensor]
-    memory: list[tuple[str, Tensor]]
-    finite: Tensor
-    lr: Tensor | float
-    momentum: Tensor | float
-    predicted_change: Tensor | None = None
-
-    def prediction(self) -> Tensor:
-        """Return the predicted change, which was asked for."""
-        assert self.predicted_change is not None
-        return self.predicted_change
+from .steps import Step
+from .trials import Trial
 
 
 class UpdateRule:
@@ -95,8 +46,9 @@ class UpdateRule:
         model: the root module.
         estimator: of the Fisher.
         names: of the parameters.
-        momentum_type: one of `MOMENTUM_TYPES`.
-        damping: as `KFAC` was given it.
+        momentum_type: one of `MOMENTUM_TYPES`, or a `QModel`.
+        damping: as `KFAC` was given it, or what stands for None.
+        trust_region: if any; its fraction is a param group option.
 
     Raises:
         NotImplementedError: λ adapts, and an approximation has no product with `F̂`.
@@ -108,20 +60,22 @@ class UpdateRule:
         model: nn.Module,
         estimator: FisherEstimator,
         names: Mapping[Tensor, str],
-        momentum_type: str,
+        momentum_type: str | QModel,
         damping: Damping,
-        stride: int = 1,
+        trust_region: TrustRegion | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._model = model
         self._estimator = estimator
         self._names = names
-        self._momentum_type = momentum_type
-        self._stride = stride  # of the examples that the quadratic model is of
+        self._qmodel = momentum_type if isinstance(momentum_type, QModel) else None
+        self._momentum_type = self._qmodel.name if self._qmodel else momentum_type
+        self._unit_of_region = trust_region and trust_region.unit
         self.num_steps = 0
-        self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
+        rule = damping.damping if isinstance(damping, RelativeDamping) else damping
+        self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
         self._undamped = False
-        estimator.capture.keep_forwards = self.modelled
+        estimator.capture.keep_forwards = self.modelled or self.rule is not None
         if self.rule and not self.modelled:
             self._ask_for_products()
 
@@ -138,7 +92,14 @@ class UpdateRule:
     @property
     def modelled(self) -> bool:
         """Whether the quadratic model makes the step."""
-        return self._momentum_type.startswith("qmodel")
+        return self._qmodel is not None
+
+    def mean_curvature(self) -> float:
+        """Return `tr F/dim F` of all blocks that have statistics; reads the host."""
+        blocks = [b for b in self._estimator.blocks.values() if b.has_statistics]
+        device = blocks[0].params[0].device
+        total = torch.stack([block.trace().to(device) for block in blocks]).sum()
+        return total.item() / sum(p.numel() for block in blocks for p in block.params)
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -156,10 +117,16 @@ class UpdateRule:
         include = self.rule is not None and self.rule.include_damping
         return self.total_damping() if include else self._l2_reg()
 
-    def owned(self, params: list[Tensor]) -> set[Tensor]:
-        """Return those whose step the blocks make."""
-        blocks = self._ready_blocks(params)
-        return {p for block in blocks for p in block.params}
+    def plain_rules(self, params: list[Tensor]) -> dict[Tensor, str]:
+        """Return the rules of those whose step no block makes."""
+        owned = {p for block in self._ready_blocks(params) for p in block.params}
+        groups = self._groups()
+        others = [p for p in params if p not in owned]
+        return {p: self._plain_options(p, groups[p])["rule"] for p in others}
+
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        groups = self._optimizer.param_groups
+        return {p: group for group in groups for p in group["params"]}
 
     def _ready_blocks(self, params: list[Tensor]) -> list[FisherBlock]:
         """The blocks that have statistics, and a gradient for every parameter."""
@@ -171,82 +138,103 @@ class UpdateRule:
         ]
 
     def propose(
-        self, params: list[Tensor], grads: list[Tensor], with_prediction: bool
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        with_prediction: bool,
+        trial: Trial,
     ) -> Step:
         """Return the step from here; changes nothing."""
         blocks = self._ready_blocks(params)
         owned: set[Tensor] = {p for block in blocks for p in block.params}
-        if not self.modelled:
-            step = self._propose_fixed(blocks, owned, params, grads)
-            if with_prediction:
-                step.predicted_change = self._kronecker_change(blocks, step, grads)
-            return step
-        if not owned:
-            return self._propose_fixed(blocks, owned, params, grads)
         inside = [p in owned for p in params]
-        outside = [not flag for flag in inside]
-        step = self._propose_modelled(blocks, *_select(inside, params, grads))
-        if len(step.params) == len(params):
+        if not owned:
+            return self._propose_plain(params, grads)
+        mine = _select(inside, params, grads)
+        if self.modelled:
+            step = self._propose_modelled(blocks, trial, *mine)
+        else:
+            step = self._propose_fixed(blocks, *mine)
+            if with_prediction:
+                step.predicted_change = self._kronecker_change(blocks, step, mine[1])
+        if len(owned) == len(params):
             return step
-        rest = _select(outside, params, grads)
-        plain = self._propose_fixed([], owned, *rest)
-        linear = _dot(rest[1], plain.deltas)
-        merged = {
-            p: (delta, memory)
-            for part in (step, plain)
-            for p, delta, memory in zip(part.params, part.deltas, part.memory, strict=True)
-        }
+        rest = _select([not flag for flag in inside], params, grads)
+        plain = self._propose_plain(*rest)
+        if step.predicted_change is not None:
+            step.predicted_change = step.predicted_change + plain.prediction()
         return replace(
             step,
-            params=params,
-            deltas=[merged[p][0] for p in params],
-            memory=[merged[p][1] for p in params],
-            predicted_change=step.prediction() + linear,
+            params=step.params + plain.params,
+            deltas=step.deltas + plain.deltas,
+            memory=step.memory + plain.memory,
             finite=step.finite & plain.finite.to(step.finite.device),
         )
 
+    def _propose_plain(self, params: list[Tensor], grads: list[Tensor]) -> Step:
+        """The step of parameters without a block, to first order in the loss."""
+        groups = self._groups()
+        options = [self._plain_options(p, groups[p]) for p in params]
+        states = [self._optimizer.state.get(p, {}) for p in params]
+        step = propose_plain(params, grads, options, states)
+        change = _dot(grads, step.deltas)
+        group = self._group
+        return Step(
+            params,
+            step.deltas,
+            step.memory,
+            change.isfinite(),
+            group["lr"],
+            group["momentum"],
+            change,
+        )
+
+    def _plain_options(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        if "rule" not in group:  # its block has no statistics, or the group is the user's
+            rule = "adamw" if group["lr"] is None else "sgd"
+            return {**group, **plain_options(rule, group["lr"], group["momentum"])}
+        if group["lr"] is None:
+            raise ValueError(
+                f"KFAC.step(): {self._names.get(p, '?')}: expected an lr for parameters "
+                "without a K-FAC block, which the quadratic model leaves out, got None; "
+                'set optimizer.param_groups[1]["lr"], or use fallback="adamw"'
+            )
+        return group
+
     def _propose_fixed(
+        self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
+    ) -> Step:
+        """`η` and `μ` are given: `"regular"` and `"adam"`."""
+        group = self._group
+        lr, momentum = group["lr"], group["momentum"]
+        velocities = self._remembered(params, "momentum_buffer")
+        if self._momentum_type == "adam":
+            velocities = list(torch._foreach_mul(velocities, momentum))
+            torch._foreach_add_(velocities, grads)
+            updates = self._precondition(blocks, params, velocities)
+            finite = self._limit(updates, velocities, lr)
+        else:
+            directions = self._precondition(blocks, params, grads)
+            finite = self._limit(directions, grads, lr)
+            velocities = list(torch._foreach_mul(velocities, momentum))
+            torch._foreach_add_(velocities, directions)
+            updates = velocities
+        deltas = list(torch._foreach_mul(updates, -lr))
+        if group["weight_decay"]:
+            torch._foreach_add_(deltas, params, alpha=-lr * group["weight_decay"])
+        memory = [{"momentum_buffer": velocity} for velocity in velocities]
+        return Step(params, deltas, memory, finite, lr, momentum)
+
+    def _propose_modelled(
         self,
         blocks: list[FisherBlock],
-        owned: set[Tensor],
+        trial: Trial,
         params: list[Tensor],
         grads: list[Tensor],
     ) -> Step:
-        """`η` and `μ` are given: `"regular"`, `"adam"` and parameters without a block."""
-        options = {
-            p: group for group in self._optimizer.param_groups for p in group["params"]
-        }
-        lrs = [options[p]["lr"] for p in params]
-        if None in lrs:
-            self._refuse_without_lr(p for p in params if options[p]["lr"] is None)
-        # Parameters without a block are not part of the norm and are not scaled.
-        lr2 = [options[p]["lr"] ** 2 if p in owned else 0.0 for p in params]
-        momenta = [options[p]["momentum"] for p in params]
-        velocities = self._remembered(params, "momentum_buffer")
-        if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momenta))
-            torch._foreach_add_(velocities, grads)
-            updates = self._precondition(blocks, params, velocities)
-            finite = self._limit(updates, velocities, lr2)
-        else:
-            directions = self._precondition(blocks, params, grads)
-            finite = self._limit(directions, grads, lr2)
-            velocities = list(torch._foreach_mul(velocities, momenta))
-            torch._foreach_add_(velocities, directions)
-            updates = velocities
-        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
-        for p, delta in zip(params, deltas, strict=True):
-            if options[p]["weight_decay"]:
-                delta.add_(p, alpha=-options[p]["lr"] * options[p]["weight_decay"])
-        memory = [("momentum_buffer", velocity) for velocity in velocities]
-        group = self._group
-        return Step(params, deltas, memory, finite, group["lr"], group["momentum"])
-
-    def _propose_modelled(
-        self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
-    ) -> Step:
         """Step size, and maybe momentum, from the exact quadratic model."""
         group, total = self._group, self.total_damping()
+        assert self._qmodel is not None
         direction = self._precondition(blocks, params, grads)
         if group["weight_decay"]:
             torch._foreach_add_(direction, params, alpha=group["weight_decay"])
@@ -257,26 +245,46 @@ class UpdateRule:
         ):
             directions.append(self._remembered(params, "previous_update"))
         model = self._quadratic_model(params, grads, directions)
-        weights = model.minimize(total, fixed)
-        scale = torch.ones_like(weights[0])
-        if group["lr"] is not None:
-            scale = scale * group["lr"]
-        if group["norm_constraint"] is not None:
-            norm = model.squared_norm(scale * weights, total)
-            scale = scale * (group["norm_constraint"] / norm).sqrt().clamp(max=1.0)
-        weights = scale * weights
+        weights = model.minimize(total, fixed, self._qmodel.max_momentum)
+        weights = self._limited(model, weights, total, trial)
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
         return Step(
             params,
             deltas,
-            [("previous_update", delta) for delta in deltas],
+            [{"previous_update": delta} for delta in deltas],
             torch.cat([weights, model.slopes]).isfinite().all(),
             -weights[0],
             weights[1] if len(weights) > 1 else torch.zeros_like(weights[0]),
             model.change(weights, self._included()),
         )
+
+    def _limited(
+        self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
+    ) -> Tensor:
+        """Scale the step as a whole: by `lr`, to the norm limit, into the trust region."""
+        group = self._group
+        if group["lr"] is not None:
+            weights = weights * group["lr"]
+        limits = [(group["norm_constraint"], total)]
+        if group["trust_region"] is not None:
+            limits.append((self._region(trial, weights), 0.0))
+        for limit, damping in limits:
+            if limit is not None:
+                norm = model.squared_norm(weights, damping)
+                weights = weights * (limit / norm).sqrt().clamp(max=1.0)
+        return weights
+
+    def _region(self, trial: Trial, like: Tensor) -> Tensor | None:
+        """`fraction · L`; where nothing tells `L`, no limit."""
+        unit = self._unit_of_region
+        unit = trial.batch.size() if unit is None else unit
+        unit = trial.loss if unit is None else unit
+        if unit is None:
+            return None
+        size = torch.as_tensor(unit).to(like).abs().nan_to_num(torch.inf)
+        return self._group["trust_region"] * size
 
     def _quadratic_model(
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
@@ -288,11 +296,18 @@ class UpdateRule:
 
         def forwards() -> Iterable[Callable[..., Any]]:
             for call in calls:
-                set_random_state(call.random_state, device)
                 args, kwargs = every_kth(
-                    call.args, call.kwargs, self._stride, self.num_steps
+                    call.args, call.kwargs, self._stride(call), self.num_steps
                 )
-                yield rerun(uncompiled(self._model), args, kwargs)
+                run = rerun(uncompiled(self._model), args, kwargs)
+
+                def forward(
+                    params: Mapping[str, Tensor], call: RootCall = call, run: Any = run
+                ) -> Any:
+                    set_random_state(call.random_state, device)
+                    return run(params)
+
+                yield forward
 
         try:
             curvature = fisher_products(
@@ -300,7 +315,7 @@ class UpdateRule:
                 self._losses,
                 dict(zip(names, params, strict=True)),
                 [dict(zip(names, parts, strict=True)) for parts in directions],
-                [[self._thinned(pair) for pair in call.weights] for call in calls],
+                [[self._thinned(call, pair) for pair in call.weights] for call in calls],
             )
         finally:
             if now is not None:
@@ -308,11 +323,15 @@ class UpdateRule:
         gram = products([*directions, grads])
         return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
 
-    def _thinned(self, weights: TermWeights) -> TermWeights:
+    def _stride(self, call: RootCall) -> int:
+        assert self._qmodel is not None
+        return self._qmodel.stride(call.num_terms)
+
+    def _thinned(self, call: RootCall, weights: TermWeights) -> TermWeights:
         """The weights of the examples that the quadratic model is of."""
         if weights is None:
             return None
-        ((some,), _) = every_kth((weights[0],), {}, self._stride, self.num_steps)
+        ((some,), _) = every_kth((weights[0],), {}, self._stride(call), self.num_steps)
         return some, weights[1] * some.sum() / weights[0].sum()
 
     def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:
@@ -361,29 +380,18 @@ class UpdateRule:
             result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
         return [result[p].to(p.dtype) for p in params]
 
-    def _limit(
-        self, directions: list[Tensor], grads: list[Tensor], lr2: list[float]
-    ) -> Tensor:
+    def _limit(self, directions: list[Tensor], grads: list[Tensor], lr: float) -> Tensor:
         """Scale `p` by `κ` in place; return whether it is finite, 0-dim."""
         dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
         dtype = torch.promote_types(dtype, torch.float32)
         pairs = zip(directions, grads, strict=True)
         dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
-        products = torch.stack([dot.to(dots[0].device) for dot in dots])
+        total = torch.stack([dot.to(dots[0].device) for dot in dots]).sum()
         constraint = self._group["norm_constraint"]
-        inside = [d for d, weight in zip(directions, lr2, strict=True) if weight]
-        if constraint is not None and inside:
-            norm = torch.dot(products, products.new_tensor(lr2)).clamp(min=0)
-            torch._foreach_mul_(inside, (constraint / norm).sqrt().clamp(max=1.0))
-        return products.isfinite().all()
-
-    def _refuse_without_lr(self, params: Iterable[Tensor]) -> None:
-        names = ", ".join(sorted(self._names.get(p, "?") for p in params))
-        raise ValueError(
-            f"KFAC.step(): {names}: expected an lr for parameters without a K-FAC block, "
-            f"which the quadratic model leaves out, got None; set "
-            'optimizer.param_groups[1]["lr"] (or lr=), or do not train them'
-        )
+        if constraint is not None and lr:
+            norm = (lr**2 * total).clamp(min=0)
+            torch._foreach_mul_(directions, (constraint / norm).sqrt().clamp(max=1.0))
+        return total.isfinite()
 
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:

@@ -109,12 +109,75 @@ class Normed(nn.Module):
         return x.flatten(1)[:, :6].reshape(-1, 3, 2).tanh().mean(1)
 
 
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2, with its weight `[in, out]`."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Pairs(nn.Module):
+    """A layer of two inputs, the parts of one; behind it, maybe, another."""
+
+    def __init__(self, layer, *rest):
+        super().__init__()
+        self.layer, self.rest = layer, nn.Sequential(*rest)
+
+    def forward(self, x):
+        m = self.layer.in1_features
+        return self.rest(self.layer(x[..., :m], input2=x[..., m:].tanh()))
+
+
+class Bags(nn.Module):
+    """A bag called with all ids in a row and offsets, and weights of ids."""
+
+    def __init__(self, layer, weighted=False, *rest):
+        super().__init__()
+        self.layer, self.weighted, self.rest = layer, weighted, nn.Sequential(*rest)
+
+    def forward(self, x):
+        N, L = x.shape
+        offsets = torch.arange(0, N * L + self.layer.include_last_offset, L)
+        w = torch.linspace(0.5, 2, L).repeat(N) if self.weighted else None
+        return self.rest(self.layer(x.flatten(), offsets, per_sample_weights=w))
+
+
+class LoRA(nn.Module):
+    """A frozen layer beside two small ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(3, 4).requires_grad_(False)
+        self.a, self.b = nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * self.b(self.a(x))
+
+
 def randn(*shape):
     return lambda: torch.randn(shape)
 
 
 def ids(*shape):
     return lambda: torch.randint(5, shape)
+
+
+def alike(*shape):
+    """Ids of bags with one word each, some of it padding (4)."""
+
+    def make():
+        words = torch.randint(4, shape[:1])[:, None].expand(shape).clone()
+        padded = torch.rand(shape) < 0.4
+        padded[:, 0] = False
+        return torch.where(padded, 4, words)
+
+    return make
 
 
 def tanh_net():
@@ -179,6 +242,16 @@ LINEAR_DIAGONALS = {
     "linear, tied": Case(
         Tied, randn(5, 3), block(fb.FullyConnectedDiagonalFB, "a", "b")
     ),
+    "linear, transposed": Case(
+        lambda: nn.Sequential(Conv1D(4, 3), nn.Tanh(), Pool(), nn.Linear(4, 2)),
+        randn(4, 5, 3),
+        first("fully_connected", "diagonal"),
+    ),
+    "bilinear": Case(
+        lambda: Pairs(nn.Bilinear(2, 3, 4), nn.Tanh(), Pool(), nn.Linear(4, 2)),
+        randn(4, 3, 5),
+        lambda layers, model: layers.register_bilinear(model.layer, "diagonal"),
+    ),
 }  # fmt: skip
 CONVS = {
     "1d, same": (nn.Conv1d, (2, 3, 4), {"padding": "same", "dilation": 2}, (7,)),
@@ -240,6 +313,7 @@ NORMS = {
         lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True).eval(),
         (4, 3, 5),
     ),
+    "sync batch norm, images": (lambda: nn.SyncBatchNorm(3), (4, 3, 2, 2)),
     "batch norm, rows": (lambda: nn.BatchNorm1d(6), (7, 6)),
     "batch norm, images": (lambda: nn.BatchNorm2d(3), (4, 3, 2, 2)),
     "batch norm, volumes": (lambda: nn.BatchNorm3d(2), (4, 2, 2, 1, 3)),
@@ -277,6 +351,15 @@ GENERIC = {
         ("embedding",
          lambda: nn.Sequential(nn.Embedding(5, 3), Pool(), nn.Tanh(), nn.Linear(3, 2)),
          ids(4, 6), lambda a: first("embedding", a)),
+        ("transposed linear", lambda: nn.Sequential(Conv1D(3, 2), nn.Tanh()),
+         randn(4, 2), lambda a: first("fully_connected", a)),
+        ("bag", lambda: Bags(nn.EmbeddingBag(5, 3), False, nn.Tanh()), ids(4, 6),
+         lambda a: lambda layers, model: layers.register_embedding_bag(model.layer, a)),
+        ("largest of a bag",
+         lambda: nn.Sequential(nn.EmbeddingBag(5, 3, mode="max"), nn.Tanh()), ids(4, 6),
+         lambda a: first("embedding_bag", a)),
+        ("bilinear", lambda: Pairs(nn.Bilinear(2, 2, 3), nn.Tanh()), randn(4, 4),
+         lambda a: lambda layers, model: layers.register_bilinear(model.layer, a)),
         ("conv", lambda: conv_net(nn.Conv1d(2, 3, 2)), randn(3, 2, 4),
          lambda a: first("convolution", a)),
         ("transposed", lambda: conv_net(nn.ConvTranspose1d(2, 3, 2)), randn(3, 2, 4),
@@ -424,6 +507,60 @@ LINEAR = {
         first("embedding", "kron_both_diag"),
         False,
     ),
+    **{
+        f"bag, {name}": Case(
+            lambda kwargs=kwargs, weighted=weighted: Bags(
+                nn.EmbeddingBag(5, 3, padding_idx=4, **kwargs), weighted, nn.Linear(3, 2)
+            ),
+            alike(6, 4),
+            sole("embedding_bag", approx),
+            False,
+        )
+        for name, kwargs, weighted, approx in (
+            ("sums", {"mode": "sum"}, False, "kron"),
+            ("means", {}, False, "kron_in_diag"),
+            ("last offset", {"include_last_offset": True}, False, "kron"),
+            ("weighted", {"mode": "sum", "include_last_offset": True}, True, "kron"),
+        )
+    },
+    "bag, one row each": Case(
+        lambda: nn.Sequential(nn.EmbeddingBag(5, 3, mode="sum", padding_idx=4)),
+        alike(6, 4),
+        first("embedding_bag", "kron_both_diag"),
+        False,
+    ),
+    "linear, transposed": Case(
+        lambda: nn.Sequential(Conv1D(4, 3), nn.Linear(4, 2)),
+        randn(4, 5, 3),
+        first("fully_connected", "kron"),
+        False,
+    ),
+    "linear, transposed, uses with a loss each": Case(
+        lambda: Repeat(Conv1D(2, 3), total=False),
+        randn(6, 3, 3),
+        sole("fully_connected_multi", "kron_indep"),
+        False,
+    ),
+    "linear, transposed, reduced": Case(
+        lambda: nn.Sequential(Conv1D(4, 3), Pool(), nn.Linear(4, 3)),
+        randn(5, 6, 3),
+        first("fully_connected", "kron_reduce"),
+        False,
+    ),
+    "bilinear": Case(
+        lambda: Pairs(nn.Bilinear(2, 3, 4), nn.Linear(4, 2)),
+        randn(6, 5),
+        sole("bilinear", "kron"),
+        False,
+    ),
+    "bilinear without bias, over tokens": Case(
+        lambda: Pairs(nn.Bilinear(3, 2, 4, bias=False)),
+        randn(3, 4, 5),
+        sole("bilinear", "kron_out_diag"),
+        False,
+    ),
+    "LoRA, first": Case(LoRA, randn(5, 3), sole("fully_connected", "kron", "a"), False),
+    "LoRA, second": Case(LoRA, randn(5, 3), sole("fully_connected", "kron", "b"), False),
     "embedding, one use of several": Case(
         lambda: Repeat(nn.Embedding(5, 3), total=False),
         ids(4, 1),
@@ -659,3 +796,101 @@ def test_random_modes_have_the_exact_mean(case, mode, loss):
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
     assert (error.diagonal() < 0.2 * exact.diagonal().max()).all()
+
+
+# A weight that is an embedding and a head.
+
+
+class TwoUses(nn.Module):
+    """Both uses of one weight, each with a loss: they do not interact."""
+
+    def __init__(self, padding_idx=None):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3, padding_idx=padding_idx)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.after = nn.Identity()
+
+    def forward(self, x):
+        return {
+            "words": self.after(self.embedding(x[:, 0].long())),
+            "classes": self.head(x[:, 1:]),
+        }
+
+
+class LanguageModel(nn.Module):
+    """The next token by the last alone, so that tokens do not interact."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+        self.middle = nn.Linear(3, 3)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.middle(self.embedding(x)).tanh())
+
+
+def partial_traces(F):
+    """The diagonal of that over the D side, and that over the V side."""
+    F = F.view(5, 3, 5, 3)
+    return torch.einsum("vdvd->v", F), torch.einsum("vdve->de", F)
+
+
+def assert_same_traces(actual, expected):
+    for one, other in zip(partial_traces(actual), partial_traces(expected), strict=True):
+        assert_equal(one, other)
+    assert_equal(actual.trace(), expected.trace())
+
+
+def rows_with_ids(words):
+    return torch.cat([words[:, None].double(), torch.randn(len(words), 3)], dim=1)
+
+
+@pytest.mark.parametrize("split", [0, 2])
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_the_partial_traces_of_a_tied_embedding_are_exact(padding_idx, split):
+    model = TwoUses(padding_idx)
+    model.after = nn.Tanh()
+    layers = LayerCollection(model)
+    layers.auto_register_layers()
+    layers.register_normal_predictive_distribution("words", var=0.7)
+    layers.register_categorical_predictive_distribution("classes", coeff=1.5)
+    (the_block,) = layers.blocks.values()
+    x = rows_with_ids(torch.tensor([0, 3, 3, 1, 3, 0]))
+    dense = dense_fisher(model, x, layers, the_block)
+    gather(model, layers, x.split(split) if split else [x])
+    assert type(the_block) is fb.TiedEmbeddingFB
+    assert_same_traces(the_block.full_fisher_block(), dense)
+    assert not torch.allclose(the_block.full_fisher_block(), dense)
+
+
+def test_a_tied_embedding_is_exact_where_both_uses_have_the_same_v_side():
+    """Every word as often as the others, and the square loss."""
+    model = TwoUses()
+    layers = LayerCollection(model)
+    layers.register_tied_embedding([model.head, model.embedding])
+    layers.register_normal_predictive_distribution("words", var=0.7)
+    layers.register_squared_error_loss("classes")
+    x = rows_with_ids(torch.tensor([2, 0, 1, 4, 3]))
+    dense = dense_fisher(model, x, layers, layers.blocks["head"])
+    gather(model, layers, [x])
+    assert_equal(layers.blocks["head"].full_fisher_block(), dense)
+
+
+def test_a_language_model_with_a_tied_head():
+    """Up to products of both uses, which a model with two weights does not have."""
+    model, untied = LanguageModel(tied=True), LanguageModel(tied=False)
+    untied.load_state_dict(model.state_dict())
+    layers, both = LayerCollection(model), LayerCollection(untied)
+    both.register_embedding(untied.embedding)
+    both.register_fully_connected(untied.head)
+    for each in (layers, both):
+        each.register_categorical_predictive_distribution()
+    x = torch.randint(5, (4, 6))
+    words, head = (dense_fisher(untied, x, both, b) for b in both.get_blocks())
+    head = head.view(4, 5, 4, 5)[:3, :, :3].permute(1, 0, 3, 2).reshape(15, 15)
+    layers.register_tied_embedding([model.embedding, model.head])
+    gather(model, layers, x.split(3))
+    assert_same_traces(layers.blocks["embedding"].full_fisher_block(), words + head)

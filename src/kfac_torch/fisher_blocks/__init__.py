@@ -4,6 +4,10 @@ from .base import (
     FisherBlock as FisherBlock,
     Moment as Moment,
 )
+from .bilinear import (
+    BilinearDiagonalFB as BilinearDiagonalFB,
+    BilinearKFACFB as BilinearKFACFB,
+)
 from .conv import (
     ConvDiagonalFB as ConvDiagonalFB,
     ConvKFCBasicFB as ConvKFCBasicFB,
@@ -17,6 +21,12 @@ from .conv_transpose import (
 from .embedding import (
     EmbeddingKFACFB as EmbeddingKFACFB,
     EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,
+)
+from .embedding_bag import EmbeddingBagKFACFB as EmbeddingBagKFACFB
+from .fused import (
+    LinearMapFB as LinearMapFB,
+    LinearPart as LinearPart,
+    linear_parts as linear_parts,
 )
 from .kronecker import KroneckerProductFB as KroneckerProductFB
 from .linear import (
@@ -41,3 +51,4 @@ from .reduce import (
     ConvTransposeKFCReduceFB as ConvTransposeKFCReduceFB,
     FullyConnectedKFACReduceFB as FullyConnectedKFACReduceFB,
 )
+from .tied import TiedEmbeddingFB as TiedEmbeddingFB

@@ -62,6 +62,9 @@ class FisherBlock(abc.ABC):
     needs_param_grads = False
     """Whether the block works on gradients of its parameters, not of layer outputs."""
 
+    part: str | None = None
+    """The linear map inside the modules that the block is of, where they are fused."""
+
     def __init__(
         self,
         params: Sequence[nn.Parameter],
@@ -73,6 +76,7 @@ class FisherBlock(abc.ABC):
         self.modules = tuple(modules)
         self.name = name
         self.num_locations = 1.0
+        self.last_rows: float | None = None  # `R` of the last batch
         self.options = options
         self._weight = 0.0
         self._factors: tuple[FisherFactor, ...] = ()
@@ -91,10 +95,25 @@ class FisherBlock(abc.ABC):
             factor.instantiate_cov_variables()
         self._damping, self._factors = damping, factors
 
+    def planned_factors(self) -> Sequence[Any]:
+        """Return the factors; before `instantiate_factors` such as it will make, with the
+        inverse registered and no matrix made.
+        """
+        if self._factors:
+            return self._factors
+        factors = self._make_factors()
+        for factor in factors:
+            self._plan_inverse(factor)
+        return factors
+
+    def _plan_inverse(self, factor: Any) -> None:
+        """Register what `F_λ⁻¹` needs of a factor."""
+        factor.register_matpower(-1, 0.0)
+
     def release_factors(self) -> None:
         """Undo `instantiate_factors`."""
         self._factors = ()
-        self.num_locations, self._weight = 1.0, 0.0
+        self.num_locations, self._weight, self.last_rows = 1.0, 0.0, None
 
     @property
     def factors(self) -> Sequence[Any]:
@@ -209,6 +228,7 @@ class FisherBlock(abc.ABC):
             # the same average as the factors that it belongs to.
             self._weight = decay * self._weight + 1
             T = moment.rows / moment.terms
+            self.last_rows = moment.rows
             self.num_locations += (T - self.num_locations) / self._weight
 
     # Products.
@@ -252,6 +272,10 @@ class FisherBlock(abc.ABC):
     @abc.abstractmethod
     def full_fisher_block(self) -> Tensor:
         """Return the undamped block, dense, over the row-major entries of `V`."""
+
+    @abc.abstractmethod
+    def trace(self) -> Tensor:
+        """Return the trace of the undamped block, 0-dim."""
 
     @abc.abstractmethod
     def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -356,6 +380,10 @@ class SingleFactorFB(FisherBlock):
     def full_fisher_block(self) -> Tensor:
         """Return `T · C`, undamped, over the row-major entries of `V`."""
         return self.num_locations * self._factor().get_cov()
+
+    def trace(self) -> Tensor:
+        """Return `T tr C`."""
+        return self.num_locations * self._factor().cov_trace().sum()
 
 
 def no_data(name: str) -> Callable[[], Tensor]:

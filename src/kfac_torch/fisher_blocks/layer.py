@@ -6,7 +6,7 @@ Notation: `V [in(+1), out]` a gradient of the layer, the bias in the last row; w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class LayerFB(FisherBlock):
         ValueError: a frozen weight, or modules that do not share their parameters.
     """
 
-    layer_types: tuple[type[nn.Module], ...] = ()
+    layer_types: tuple[type, ...] = ()
     groups = 1
 
     def __init__(
@@ -91,7 +91,8 @@ def check_modules(
 
     Raises:
         TypeError: a module of another type.
-        ValueError: several modules that do not share their parameters.
+        ValueError: several modules that do not share their parameters, or differ in their
+            settings.
     """
     layers = (modules,) if isinstance(modules, nn.Module) else tuple(modules)
     for layer in layers:
@@ -104,7 +105,22 @@ def check_modules(
             f"layer {name}: expected modules that share all their parameters, got "
             f"{len(layers)} that do not; register them one by one"
         )
+    if not same_settings(layers):
+        raise ValueError(
+            f"layer {name}: expected modules with the same settings, got "
+            f"{', '.join(map(str, layers))}; register their parameters with "
+            "register_generic"
+        )
     return layers
+
+
+def same_settings(modules: Iterable[nn.Module]) -> bool:
+    """Whether layers of one kind compute the same, given the same parameters.
+
+    >>> same_settings([nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3, padding=1)])
+    False
+    """
+    return len({module.extra_repr() for module in modules}) <= 1
 
 
 def layer_params(module: Any, name: str) -> list[nn.Parameter]:

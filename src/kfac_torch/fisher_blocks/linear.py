@@ -25,12 +25,71 @@ from ..fisher_factors import (
 from ..size_limit import SizeLimit
 from .base import accumulation_dtype, no_data
 from .kronecker import KroneckerProductFB
-from .layer import LayerFactorFB
+from .layer import LayerFactorFB, LayerFB
 from .sides import make_side
 
 
-class FullyConnectedKFACBasicFB(KroneckerProductFB):
+class _ByStructure(type):
+    """The type of `TransposedLinear`, whose instances are known by what they have."""
+
+    def __instancecheck__(cls, module: object) -> bool:
+        weight = getattr(module, "weight", None)
+        return (
+            isinstance(module, nn.Module)
+            and type(module).__name__ == "Conv1D"
+            and isinstance(weight, Tensor)
+            and weight.dim() == 2
+            and getattr(module, "nf", None) == weight.shape[1]
+        )
+
+
+class TransposedLinear(metaclass=_ByStructure):
+    """A linear layer with its weight the other way round: `y = x W + b`, `W [in, out]`.
+
+    For `isinstance` alone: such layers are the `Conv1D` of Hugging Face's transformers
+    (of GPT-2 and others), which is known by its name, its weight and `nf`, the size of
+    its output, so that nothing has to be imported.
+
+    >>> isinstance(nn.Linear(2, 3), TransposedLinear)
+    False
+    """
+
+
+class LinearFB(LayerFB):
+    """A block of a linear layer (abstract): which way round its weight is."""
+
+    layer_types = (nn.Linear, TransposedLinear)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is `[in, out]`, as `V` is, and not `[out, in]`."""
+        return isinstance(self.module, TransposedLinear)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """`(in, out)`, without the bias."""
+        weight = self.params[0].flatten(1)
+        m, n = weight.shape if self.transposed else weight.mT.shape
+        return m, n
+
+    def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Bring tensors like `params` to `V [in(+1), out]`, the bias last."""
+        weight, *bias = tensors
+        return super().params_to_vector([weight.mT if self.transposed else weight, *bias])
+
+    def vector_to_params(self, vector: Tensor) -> list[Tensor]:
+        """Undo `params_to_vector`."""
+        if not self.transposed:
+            return super().vector_to_params(vector)
+        if self.has_bias:
+            return [vector[:-1], vector[-1]]
+        return [vector]
+
+
+class FullyConnectedKFACBasicFB(LinearFB, KroneckerProductFB):
     """The Kronecker block of an `nn.Linear`, with or without a bias.
+
+    Or of a `Conv1D` of transformers, whose weight is `[in, out]`.
 
     Args:
         module: the layer, or several that share all their parameters.
@@ -53,7 +112,6 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
             [0.0000, 0.5000]])
     """
 
-    layer_types = (nn.Linear,)
     skips_idle_rows = True
 
     def __init__(
@@ -71,18 +129,12 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         super().__init__(module, name, options)
 
     def _make_factors(self) -> tuple[Any, Any]:
-        linear = self.module
-        A, G = (
-            make_side(diagonal, size, has_bias, self, side)
-            for diagonal, size, has_bias, side in (
-                (self._diagonal_sides[0], linear.in_features, self.has_bias, "input"),
-                (self._diagonal_sides[1], linear.out_features, False, "output"),
-            )
-        )
-        return A, G
+        (left, right), (m, n) = self._diagonal_sides, self.sizes
+        A = make_side(left, m, self.has_bias, self, "input")
+        return A, make_side(right, n, False, self, "output")
 
 
-class FullyConnectedDiagonalFB(LayerFactorFB):
+class FullyConnectedDiagonalFB(LinearFB, LayerFactorFB):
     """The exact diagonal of the block of an `nn.Linear`, with or without a bias.
 
     Raises:
@@ -98,20 +150,18 @@ class FullyConnectedDiagonalFB(LayerFactorFB):
             [ 0., 36.]])
     """
 
-    layer_types = (nn.Linear,)
-
     def _make_factors(self) -> tuple[Any, ...]:
-        linear, name = self.module, f"{self.name}.weight"
+        weight, name = self.params[0], f"{self.name}.weight"
         return (
             FullyConnectedDiagonalFactor(
                 [no_data(name)],
                 [[no_data(name)]],
                 self.has_bias,
-                sizes=(linear.in_features, linear.out_features),
+                sizes=self.sizes,
                 name=name,
                 options=self.options,
-                dtype=accumulation_dtype(linear.weight),
-                device=linear.weight.device,
+                dtype=accumulation_dtype(weight),
+                device=weight.device,
             ),
         )
 

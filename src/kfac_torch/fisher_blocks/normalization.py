@@ -4,7 +4,8 @@
 the layer was given. An example's gradient is `Σ x̂ ∘ g` and `Σ g` over the dimensions
 that the parameters do not have; the blocks are the second moment of both together over
 examples, or its diagonal: exact, up to the dependence of batch statistics on all
-examples, where there are any.
+examples, where there are any. Left out: statistics of other processes, as of an
+`nn.SyncBatchNorm` in training: `x̂` is that of this one's own examples.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from ..size_limit import SizeLimit, form_of
 from .base import accumulation_dtype, no_data
 from .layer import LayerFactorFB
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)
+"""The layers whose scale and shift these blocks are of."""
 
 
 class ScaleAndShiftFB(LayerFactorFB):
@@ -39,17 +42,10 @@ class ScaleAndShiftFB(LayerFactorFB):
 
     Raises:
         TypeError: a module of another type.
-        ValueError: a layer without a trained scale; by `grad_moments`, calls with batches
-            of different size.
+        ValueError: a layer without a trained scale.
     """
 
-    layer_types = (
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.GroupNorm,
-        *_BATCH_NORMS,
-        *_INSTANCE_NORMS,
-    )
+    layer_types = NORMS
     factor_type: type[Any]
 
     def _make_factors(self) -> tuple[Any, ...]:
@@ -74,18 +70,33 @@ class ScaleAndShiftFB(LayerFactorFB):
             tensor = tensor.movedim(1, -1)  # channels
         return tensor.reshape(tensor.shape[0], -1, *shape)
 
+    def _is_alone(self, dims: int) -> bool:
+        """Whether an input has no dimension of examples: it is one."""
+        norm, shape = self.module, self.params[0].shape
+        return isinstance(norm, nn.LayerNorm | nn.RMSNorm) and dims == len(shape)
+
+    def prepare_input(self, tensor: Tensor, output_shape: torch.Size) -> Tensor:
+        """Return the input of a call, `[N, ...]`."""
+        return tensor.unsqueeze(0) if self._is_alone(tensor.dim()) else tensor
+
     def grad_moments(
         self, inputs: Sequence[Tensor], grads: Sequence[Tensor], num_terms: float
     ) -> list[Tensor]:
-        """Return the moment; all calls of an example belong to one gradient."""
-        self.check_one_batch_size(inputs)
+        """Return the moment; all calls of an example belong to one gradient.
+
+        Calls with batches of different size have no examples in common.
+        """
         dtype = accumulation_dtype(self.params[0])
-        x = torch.cat([self._rows(normalize(self.module, a.to(dtype))) for a in inputs], 1)
-        g = torch.cat(
-            [self._rows(grad.flatten(0, 1)).unflatten(0, grad.shape[:2]) for grad in grads],
-            2,
-        )
-        return [self._factor().summed_cov(x, g)]
+        x = [self._rows(normalize(self.module, a.to(dtype))) for a in inputs]
+        grads = [g.unsqueeze(1) if self._is_alone(g.dim() - 1) else g for g in grads]
+        g = [self._rows(g.flatten(0, 1)).unflatten(0, g.shape[:2]) for g in grads]
+        if len({len(rows) for rows in x}) == 1:
+            return [self._factor().summed_cov(torch.cat(x, 1), torch.cat(g, 2))]
+        sums = [
+            self._factor().summed_cov(*pair) * len(pair[0])
+            for pair in zip(x, g, strict=True)
+        ]
+        return [torch.stack(sums).sum(0) / len(x[0])]
 
     def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return all entries of scale and shift, one column `[n, 1]`."""

@@ -30,7 +30,7 @@ from ..size_limit import SizeLimit
 from .base import Moment, accumulation_dtype, no_data
 from .conv import ConvKFCBasicFB
 from .kronecker import KroneckerProductFB
-from .linear import FullyConnectedKFACBasicFB
+from .linear import FullyConnectedKFACBasicFB, LinearFB
 
 
 class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB):
@@ -77,7 +77,7 @@ class ConvKFCBasicMultiIndepFB(ConvKFCBasicFB):
     """The block of a convolution that is called several times, calls independent."""
 
 
-class FullyConnectedSeriesFB(KroneckerProductFB):
+class FullyConnectedSeriesFB(LinearFB, KroneckerProductFB):
     """The block of an `nn.Linear` whose uses are a linear Gaussian chain over time.
 
     The layer is called once for every time step, in their order, or once with all of
@@ -97,8 +97,6 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         NotImplementedError: an exponent other than -1, or a Cholesky factor.
     """
 
-    layer_types = (nn.Linear,)
-
     def __init__(
         self,
         module: nn.Module | Sequence[nn.Module],
@@ -115,7 +113,7 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         self._num_uses = 1
 
     def _make_factors(self) -> tuple[Any, Any]:
-        linear = self.module
+        weight, (m, n) = self.params[0], self.sizes
         A, G = (
             FullyConnectedMultiKF(
                 [[no_data(f"{self.name}.{side}")]],
@@ -124,12 +122,12 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
                 size=size,
                 name=f"{self.name}.{side}",
                 options=self.options,
-                dtype=accumulation_dtype(linear.weight),
-                device=linear.weight.device,
+                dtype=accumulation_dtype(weight),
+                device=weight.device,
             )
             for side, size, has_bias in (
-                ("input", linear.in_features, self.has_bias),
-                ("output", linear.out_features, False),
+                ("input", m, self.has_bias),
+                ("output", n, False),
             )
         )
         return A, G
@@ -139,12 +137,18 @@ class FullyConnectedSeriesFB(KroneckerProductFB):
         # The chain's moments have to be asked for before there are any moments.
         factors = self._make_factors()
         for factor, split in zip(factors, self._damping_funcs(), strict=True):
-            if self._option == 1:
-                factor.register_option1quants(split)
-            else:
-                factor.register_option2quants(split)
+            self._register_chain(factor, split)
             factor.instantiate_cov_variables()
         self._damping, self._factors = damping, factors
+
+    def _register_chain(self, factor: Any, damping: DampingFunc) -> None:
+        if self._option == 1:
+            factor.register_option1quants(damping)
+        else:
+            factor.register_option2quants(damping)
+
+    def _plan_inverse(self, factor: Any) -> None:
+        self._register_chain(factor, 0.0)
 
     def register_matpower(self, exp: float) -> None:
         """Ask for `F_λ⁻¹` to be kept; after `instantiate_factors`."""

@@ -129,7 +129,7 @@ class FullyConnectedKFACReduceFB(ReduceFB, FullyConnectedKFACBasicFB):
         """Return the input of a call, the examples first."""
         if tensor.dim() < 2:
             raise ValueError(
-                f"layer {self.name}: expected inputs [N, ..., {self.module.in_features}] "
+                f"layer {self.name}: expected inputs [N, ..., {self.sizes[0]}] "
                 f"with the examples first, got shape {tuple(tensor.shape)}"
             )
         return tensor.transpose(0, 1) if self._is_time_first(tensor.dim()) else tensor

@@ -39,6 +39,7 @@ from .diagonal_kronecker import (
     DiagonalKroneckerFactor as DiagonalKroneckerFactor,
     DiagonalMultiKF as DiagonalMultiKF,
     EmbeddingInputKroneckerFactor as EmbeddingInputKroneckerFactor,
+    UnitTraceDiagonalFactor as UnitTraceDiagonalFactor,
 )
 from .inverse_providing import (
     DenseSquareMatrixFactor as DenseSquareMatrixFactor,

@@ -17,6 +17,7 @@ Inf never enters it. Left out: how powers of the moment are made (`inverse_provi
 from __future__ import annotations
 
 import abc
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -259,6 +260,36 @@ class FisherFactor(abc.ABC):
         """Return how the matrix is kept and its size, as in `"full 512"`."""
         stack = self._cov_shape[:-2]
         return f"{stack[0]} x full {self.cov_dim}" if stack else f"full {self.cov_dim}"
+
+    def spectrum(self) -> Tensor:
+        """Return the ascending eigenvalues `[..., n]` of the current matrix."""
+        return torch.linalg.eigvalsh(self.get_cov())
+
+    # Costs.
+
+    @property
+    def kept_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all tensors that are kept, in the dtype of `cov`."""
+        return [self._cov_shape]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept once all that is registered has been refreshed.
+
+        Known without making any of it.
+        """
+        return sum(map(math.prod, self.kept_shapes)) * self._dtype.itemsize
+
+    def moment_cost(self, rows: float) -> float:
+        """Return about how many multiply-adds the moment of `rows` rows takes."""
+        return rows * math.prod(self._cov_shape)
+
+    @property
+    def refresh_cost(self) -> int:
+        """About how many multiply-adds a refresh of all that is registered takes."""
+        return 0
+
+    # Updates.
 
     def new_cov(self, tensors: Sequence[Sequence[Entry]]) -> Tensor:
         """Return the second moment of `tensors[source][tower]`; changes nothing.

@@ -126,6 +126,15 @@ class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
         """Return how the matrix is kept and its size."""
         return f"uncorrelated locations {self._conv.channels} of {self.cov_dim}"
 
+    @property
+    def _keeps_eigendecomp(self) -> bool:
+        return False
+
+    @property
+    def refresh_cost(self) -> int:
+        """About how many multiply-adds a refresh of all that is registered takes."""
+        return len(self._powers) * self._conv.channels**3
+
     def _check_tensor(self, *tensors: Tensor) -> None:
         self._conv.check_inputs(self._single(tensors))
 

@@ -45,13 +45,21 @@ class DiagonalFactor(FisherFactor, abc.ABC):
         """The number of entries on the diagonal."""
         return torch.Size(self._cov_shape).numel()
 
+    def _diagonal(self) -> Tensor:
+        """The diagonal, made of what is stored, in its shape."""
+        return self._stored_cov()
+
     def describe(self) -> str:
         """Return how the matrix is kept and its size, as in `"diagonal 50257"`."""
         return f"diagonal {self.cov_dim}"
 
     def cov_trace(self) -> Tensor:
         """Return the sum of the diagonal, 0-dim."""
-        return self._stored_cov().sum()
+        return self._diagonal().sum()
+
+    def spectrum(self) -> Tensor:
+        """Return the entries of the diagonal, ascending."""
+        return self._stored_cov().flatten().sort()[0]
 
     def get_cov(self) -> Tensor:
         """Return the dense diagonal matrix; `get_cov_var()` is the diagonal alone.
@@ -59,7 +67,7 @@ class DiagonalFactor(FisherFactor, abc.ABC):
         Raises:
             RuntimeError: before `instantiate_cov_variables`.
         """
-        return self._stored_cov().flatten().diag()
+        return self._diagonal().flatten().diag()
 
     def register_matpower(self, exp: float, damping_func: DampingFunc) -> None:
         """Do nothing but check the damping: powers are computed when they are used."""
@@ -92,7 +100,7 @@ class DiagonalFactor(FisherFactor, abc.ABC):
             torch.linalg.LinAlgError: a negative power of an entry that is not positive
                 (found where looking is free: on the CPU).
         """
-        damped = self._stored_cov() + self._damping_of(damping_func)
+        damped = self._diagonal() + self._damping_of(damping_func)
         if exp < 0 and damped.device.type == "cpu" and not (damped > 0).all():
             raise torch.linalg.LinAlgError(
                 f"{self.name}: cannot raise the damped diagonal to {exp}: its smallest "

@@ -36,7 +36,11 @@ class DiagonalSideFactor(DiagonalFactor, abc.ABC):
 
     def cov_trace(self) -> Tensor:
         """Return the sum of the diagonal: 0-dim, or one for each group."""
-        return self._stored_cov().sum(-1)
+        return self._diagonal().sum(-1)
+
+    def spectrum(self) -> Tensor:
+        """Return the entries of the diagonal, ascending: `[n]`, or `[groups, n]`."""
+        return self._stored_cov().sort(-1)[0]
 
     def get_cov(self) -> Tensor:
         """Return the dense diagonal matrix `[..., n, n]`; `get_cov_var()` is the diagonal.
@@ -44,7 +48,7 @@ class DiagonalSideFactor(DiagonalFactor, abc.ABC):
         Raises:
             RuntimeError: before `instantiate_cov_variables`.
         """
-        return self._stored_cov().diag_embed()
+        return self._diagonal().diag_embed()
 
     def describe(self) -> str:
         """Return how the matrix is kept and its size, as in `"diagonal 50257"`."""
@@ -185,6 +189,24 @@ class DiagonalKroneckerFactor(DiagonalSideFactor):
         return squares.div_(rows)
 
 
+class UnitTraceDiagonalFactor(DiagonalKroneckerFactor):
+    """A diagonal side `d/tr(d)`, whose running moment is that of `d`; 0 where `tr(d)` is.
+
+    The other side of the product has the scale then. Arguments as the base class.
+
+    >>> factor = UnitTraceDiagonalFactor([[torch.tensor([[1.0, 2.0], [3.0, 4.0]])]])
+    >>> factor.instantiate_cov_variables()
+    >>> _ = factor.make_covariance_update_op(0.0)()
+    >>> factor.get_cov().diagonal()
+    tensor([0.3333, 0.6667])
+    """
+
+    def _diagonal(self) -> Tensor:
+        d = self._stored_cov()
+        trace = d.sum()
+        return d / torch.where(trace > 0, trace, 1)
+
+
 class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):
     """The input side of an embedding: how often each id occurs, divided by B.
 
@@ -237,6 +259,10 @@ class EmbeddingInputKroneckerFactor(DiagonalKroneckerFactor):
         """`B`: the first dimension."""
         tensor = self._single(tensors)
         return tensor.shape[0] if tensor.dim() else 1
+
+    def moment_cost(self, rows: float) -> float:
+        """Return about how many additions the counts of `rows` ids take."""
+        return rows
 
 
 class DiagonalMultiKF(DiagonalKroneckerFactor):

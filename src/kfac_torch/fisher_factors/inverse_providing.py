@@ -10,6 +10,7 @@ and which damping (the block's).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,31 @@ class InverseProvidingFactor(FisherFactor):
         """The damping of each matrix that is decomposed."""
         return evaluate_damping(damping_func, self.name)
 
+    # Costs.
+
+    @property
+    def _keeps_eigendecomp(self) -> bool:
+        """Whether what is registered comes from an eigendecomposition, which is kept."""
+        functions = [stored.function for stored in self._powers.values()]
+        return self._needs_eigendecomp([f for f in functions if isinstance(f, float)])
+
+    @property
+    def kept_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all tensors that are kept, in the dtype of `cov`."""
+        shapes = super().kept_shapes
+        for stored in self._powers.values():
+            shapes += self._function_shapes(stored.function)
+        if self._keeps_eigendecomp:
+            shapes += [self._matrix_shape[:-1], self._matrix_shape]
+        return shapes
+
+    @property
+    def refresh_cost(self) -> int:
+        """About how many multiply-adds a refresh of all that is registered takes."""
+        # n³ for each function; an eigendecomposition is some 9 n³ (Golub & Van Loan).
+        number = len(self._powers) + 9 * self._keeps_eigendecomp
+        return number * math.prod(self._matrix_shape) * self._matrix_shape[-1]
+
     # Refreshing.
 
     def uses_eigendecomp(self) -> bool:
@@ -148,7 +174,9 @@ class InverseProvidingFactor(FisherFactor):
         `make_inverse_update_ops` also decomposes where `get_eigendecomp` has been called
         since its last call.
         """
-        exps = [stored.function for stored in self._exponents()]
+        return self._needs_eigendecomp([stored.function for stored in self._exponents()])
+
+    def _needs_eigendecomp(self, exps: Sequence[Function]) -> bool:
         threshold = self._options.eigenvalue_decomposition_threshold
         return any(exp != -1 for exp in exps) or exps.count(-1) >= threshold
 

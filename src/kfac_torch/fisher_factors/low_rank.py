@@ -26,6 +26,7 @@ Left out: Cholesky factors, which have no such form; the powers ½ and −½ do 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Self
 
@@ -122,6 +123,35 @@ class LowRankFactor(InverseProvidingFactor, abc.ABC):
         """Return how the matrix is kept and its size, as in `"low rank 64 of 4096"`."""
         text = f"low rank {self._num_kept} of {self.cov_dim}"
         return text if self._groups == 1 else f"{self._groups} x {text}"
+
+    def spectrum(self) -> Tensor:
+        """Return the ascending eigenvalues `[..., d]` of the current `Ĉ`."""
+        s, _, rho = self._decomposed()
+        rest = self.cov_dim - self._num_kept
+        return torch.cat([rho.unsqueeze(-1).expand(*s.shape[:-1], rest), s], -1).sort()[0]
+
+    # Costs.
+
+    @property
+    def _keeps_eigendecomp(self) -> bool:
+        return False
+
+    @property
+    def kept_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all tensors that are kept, in the dtype of `cov`."""
+        stack, d, r = self._stack, self.cov_dim, self._num_kept
+        omega, decomposed = tuple(self._omega.shape), [(*stack, r), (*stack, d, r), stack]
+        return [*super().kept_shapes, omega, *decomposed]
+
+    def moment_cost(self, rows: float) -> float:
+        """Return about how many multiply-adds the sketch of `rows` rows takes."""
+        return 2 * super().moment_cost(rows)
+
+    @property
+    def refresh_cost(self) -> int:
+        """About how many multiply-adds a refresh of all that is registered takes."""
+        d, q = self._omega.shape
+        return math.prod(self._stack) * (3 * d * q**2 + 2 * 9 * q**3)
 
     # Statistics.
 

@@ -99,6 +99,10 @@ class ParamsGradsFactor(FisherFactor, abc.ABC):
         """`B`: the examples in the sum."""
         return self._batch_size
 
+    def moment_cost(self, rows: float) -> float:
+        """Return about how many multiply-adds a moment takes, however many rows."""
+        return super().moment_cost(1)
+
 
 class NaiveDiagonalFactor(ParamsGradsFactor, DiagonalFactor):
     """`g²/B` with `g` the gradient of the *summed* loss: cheap, of high variance.

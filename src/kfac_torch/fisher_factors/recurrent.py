@@ -98,6 +98,17 @@ class MultiUseFactor(InverseProvidingFactor, abc.ABC):
         """Return how the matrix is kept and its size: `"full 512"`."""
         return f"full {self.cov_dim}"
 
+    @property
+    def _keeps_eigendecomp(self) -> bool:
+        chain = {_OPTION_1, _OPTION_2} & {s.function for s in self._powers.values()}
+        return bool(chain) or super()._keeps_eigendecomp
+
+    @property
+    def refresh_cost(self) -> int:
+        """About how many multiply-adds a refresh of all that is registered takes."""
+        # A second decomposition for a chain.
+        return (2 if self._has_lag else 1) * super().refresh_cost
+
     def _fill_identity(self, cov: Tensor) -> None:
         super()._fill_identity(cov[0] if self._has_lag else cov)
 

@@ -117,6 +117,20 @@ class SplitFactor(InverseProvidingFactor, abc.ABC):
         text += "" if k * width == self.cov_dim else f" of {self.cov_dim}"
         return text if self._groups == 1 else f"{self._groups} x {text}"
 
+    def spectrum(self) -> Tensor:
+        """Return the ascending eigenvalues `[..., d]`: those of all blocks."""
+        cov = self._stored_cov()
+        parts = [
+            torch.linalg.eigvalsh(cov[..., first : first + number, :size, :size])
+            for first, number, size in runs(self._sizes)
+        ]
+        return torch.cat([part.flatten(-2) for part in parts], -1).sort()[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept once all that is registered has been refreshed."""
+        return super().nbytes + self._padding.nbytes + self._places.nbytes
+
     def _fill_identity(self, cov: Tensor) -> None:
         cov.diagonal(dim1=-2, dim2=-1).copy_(1 - self._padding)
 
