@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kfac_setup import closure_needed
 from tasks import Task
 from torch import nn
 
@@ -84,18 +83,9 @@ class Run:
 
     def _step(self) -> None:
         x, y = next(self.batches)
-
-        def closure() -> torch.Tensor:
-            self.optimizer.zero_grad()
-            loss = self.task.training_loss(self.model, x, y)
-            loss.backward()
-            return loss
-
-        if closure_needed(self.optimizer):
-            self.optimizer.step(closure)
-        else:
-            closure()
-            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.task.training_loss(self.model, x, y).backward()
+        self.optimizer.step()
 
     def _record(self) -> None:
         loss = self.task.evaluate(self.model)
