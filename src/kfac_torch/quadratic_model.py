@@ -8,10 +8,11 @@ at the output, `N` the loss terms, `λ` the damping, `ℓ` the coefficient of a 
     M(w) = gᵀD w + ½ wᵀ (A + (ℓ + λ) DᵀD) w,     A = (1/N) (Bᵀ J D)ᵀ (Bᵀ J D)
 
 `A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass for
-all directions, or one each where an operation cannot do that, and no backward. With `D = [p, δ_prev]` the minimiser is the step of Martens &
-Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The weights are solved for in float64
-where the device has it, since the two directions tend to be nearly parallel. Left out:
-which directions (the optimizer's business), and how `λ` follows (`damping.py`).
+all directions, or one each where an operation cannot do that, and no backward. With `D =
+[p, δ_prev]` the minimiser is the step of Martens & Grosse 2015 (arXiv 1503.05671),
+sections 6.4 and 7. The weights are solved for in float64 where the device has it, since
+the two directions tend to be nearly parallel. Left out: which directions (the optimizer's
+business), and how `λ` follows (`damping.py`).
 """
 
 from __future__ import annotations
