@@ -235,7 +235,6 @@ def _factor_products(
         found = _one_by_one(forward, losses, params, directions)
     result = list[tuple[Sequence[Tensor], Tensor | float]]()
     weights = [*weights, *[None] * (len(found) - len(weights))]
-    # Here the losses have no tangents any more.
     for (loss, coeff, tangents), weight in zip(found, weights, strict=True):
         columns = [coeff**0.5 * loss.multiply_fisher_factor_transpose(t) for t in tangents]
         if weight is not None:
@@ -266,9 +265,10 @@ def _together(
         name: torch.stack([d[name].to(p.dtype) for d in directions])
         for name, p in primals.items()
     }
+    alike: Any = (None, 0)  # network outputs, and tangents of every direction
     zs, tangents = torch.vmap(
-        lambda direction: torch.func.jvp(outputs, (primals,), (direction,)),
-        out_dims=(None, 0),
+        lambda direction: torch.func.jvp(outputs, (primals,), (direction,))[:2],
+        out_dims=alike,
         randomness="same",
     )(stacked)
     return [
@@ -312,13 +312,13 @@ def _pass(
                 'another, or momentum_type="regular"'
             ) from error
         found = [
-            (loss, coeff, *forward_ad.unpack_dual(loss.inputs))
+            (loss, coeff, forward_ad.unpack_dual(loss.inputs).tangent)
             for loss, coeff in losses(output)
         ]
+    # Here the losses have no tangents any more. An output may depend on no parameter.
     return [
-        # An output may depend on none of the parameters.
-        (loss.at(z), coeff, torch.zeros_like(z) if tangent is None else tangent)
-        for loss, coeff, z, tangent in found
+        (loss, coeff, torch.zeros_like(loss.inputs) if tangent is None else tangent)
+        for loss, coeff, tangent in found
     ]
 
 
