@@ -290,7 +290,9 @@ class UpdateRule:
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
-        calls = self._estimator.capture.forwards
+        known = self._estimator.capture.forwards
+        # Forwards that no backward has reached are no part of the batch.
+        calls = [call for call in known if call.arrived] or known
         device = params[0].device
         now = random_state(device) if calls else None
 
