@@ -464,7 +464,9 @@ def test_a_refresh_between_a_forward_and_its_update():
 
 
 @float64
-@pytest.mark.parametrize("name", ["mlp", "tokens, one loss", "two convolutions", "rnn"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "tokens, one loss", "two convolutions", "attention", "rnn"]
+)
 def test_micro_batches_are_merged(name):
     model, x, layers = registered(name)
     gathered(model, x, layers)
