@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_loss import BatchLoss, scale_of
 from .block_products import BlockProducts
 from .capture import Capture, Layer, LayerCall
 from .damping import DampingFunc, check_damping
@@ -126,6 +127,7 @@ class FisherEstimator(BlockProducts):
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
         self._averages_all = False  # over all micro-batches of a step together
+        self._averages_each = False
         try:
             for block in self.blocks.values():
                 block.instantiate_factors(damping)
@@ -175,6 +177,21 @@ class FisherEstimator(BlockProducts):
         self._forwards.arrived.clear()
         self._capture.param_grads.clear()
         self._capture.forwards = [f for f in self._capture.forwards if not f.arrived]
+        if self._capture.probe is not None:
+            self._capture.probe.clear()
+
+    def batch_loss(self) -> BatchLoss:
+        """Return the loss of the forwards whose backward has run since `reset`."""
+        probe = self._capture.probe
+        ratio = None if probe is None else probe.ratio()
+        undeclared = self._summed and not self.sums_gradients
+        return BatchLoss(
+            self._forwards.arrived,
+            sums=self.sums_gradients,
+            factor=self.num_terms if undeclared else self._gradient_factor,
+            means_each=self._averages_each,
+            scale=None if ratio is None else scale_of(ratio),
+        )
 
     @property
     def sums_gradients(self) -> bool:
@@ -322,6 +339,7 @@ class FisherEstimator(BlockProducts):
         if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
             self._averages_all = True  # gradients are accumulated as one batch's
             return
+        self._averages_each = share < 1 and abs(factor - 1) < 0.01
         empirical = self._mode == "empirical"
         message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
         if message is None:
@@ -507,6 +525,7 @@ class FisherEstimator(BlockProducts):
             "summed": self._summed,
             "gradient_factor": self._gradient_factor,
             "averages_all": self._averages_all,
+            "averages_each": self._averages_each,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -548,6 +567,7 @@ class FisherEstimator(BlockProducts):
         self._summed = state["summed"]
         self._gradient_factor = state["gradient_factor"]
         self._averages_all = state["averages_all"]
+        self._averages_each = state["averages_each"]
         self._generator = None
         if state["generator"] is None:
             return
