@@ -397,7 +397,9 @@ def corrected(block):
     """`Q diag(S) Qᵀ` of each group, in the basis of the current factors."""
     A, G, S = (factor.get_cov_var() for factor in block.factors)
     products = []
-    for *sides, scales in zip(*(x if x.dim() == 3 else [x] for x in (A, G, S)), strict=True):
+    for *sides, scales in zip(
+        *(x if x.dim() == 3 else [x] for x in (A, G, S)), strict=True
+    ):
         Q = torch.kron(*(torch.linalg.eigh(side)[1] for side in sides))
         products.append(Q @ scales.flatten().diag() @ Q.T)
     return torch.block_diag(*products)
@@ -448,9 +450,12 @@ def test_the_undamped_block_and_its_products(name):
     block = ready(name)
     F = block.full_fisher_block()
     assert F.shape == (vector_for(block).numel(),) * 2
-    products = [corrected(block)] if len(block.factors) == 3 else [torch.kron(*sides) for sides in zip(
-        *(matrices(factor.get_cov()) for factor in block.factors), strict=True)
-    ] if len(block.factors) == 2 else [block.factors[0].get_cov()]  # fmt: skip
+    covs = [matrices(factor.get_cov()) for factor in block.factors]
+    products = {
+        1: lambda: covs[0],
+        2: lambda: [torch.kron(*sides) for sides in zip(*covs, strict=True)],
+        3: lambda: [corrected(block)],
+    }[len(covs)]()
     close(F, block.num_locations * torch.block_diag(*products))
     close(block.trace(), F.trace())
     V = vector_for(block)

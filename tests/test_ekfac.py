@@ -9,8 +9,7 @@ import torch
 from dense_fisher import dense_fisher
 from torch import nn
 
-from kfac_torch import KFAC
-from kfac_torch import fisher_blocks as fb
+from kfac_torch import KFAC, fisher_blocks as fb
 from kfac_torch.curvature_check import check_curvature
 from kfac_torch.estimator import FisherEstimator
 from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB
@@ -349,6 +348,7 @@ def test_kfac_until_there_is_a_basis():
         V = torch.randn(block.factors[2].get_cov_var().shape)
         expected = (K @ V.flatten()).view(V.shape) + 0.3 * V
         close(block.full_fisher_block(), K)
+        close(block.trace(), K.trace())
         close(block.multiply(V), expected)
         for early in (block.multiply_inverse, block.multiply_cholesky):
             with pytest.raises(RuntimeError, match=r"scales: there is no basis yet; call"):
