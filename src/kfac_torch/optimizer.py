@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from .capture import GradientProbe, uncompiled
-from .construction import complete, loss_taken_back, param_groups
+from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
-from .layer_choice import Layers
+from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
@@ -250,6 +250,49 @@ class KFAC(torch.optim.Optimizer):
     def report(self) -> CoverageReport:
         """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
+
+    def group(self, *which: Key, **options: Any) -> list[dict[str, Any]]:
+        """Move some parameters to a param group of their own.
+
+        Before a scheduler is constructed, which counts the groups; and before the state of
+        an optimizer with the same groups is loaded.
+
+        Args:
+            which: names or patterns of modules or parameters (`"*.bias"`), with all that
+                is inside them, module types, modules or parameters.
+            options: `lr`, `weight_decay`, `momentum`; of parameters without a block that
+                follow AdamW `betas` and `eps` too. The rest is as it was. With the
+                quadratic model there is one momentum, and the ratio of the `lr` of the
+                groups scales their parts of the direction, before the model sees it.
+
+        Returns:
+            The new groups: one for each group that parameters came from.
+
+        Raises:
+            ValueError: nothing is meant, or it is in no group; an unknown option, or a
+                value out of range. Nothing is changed then.
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = KFAC(model, loss="categorical", lr=0.1, weight_decay=0.01)
+        >>> [new] = optimizer.group("*.bias", weight_decay=0.0)
+        >>> len(new["params"]), [group["weight_decay"] for group in optimizer.param_groups]
+        (2, [0.01, 0.0])
+        """
+        model = uncompiled(self._model)
+        names = names_inside(model, "KFAC.group()", which)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        chosen: set[Tensor] = {p for name, p in params.items() if name in names}
+        left, new = regroup(self.param_groups, chosen, self._momentum_type, options)
+        if not new:
+            raise ValueError(
+                "KFAC.group(): expected parameters of this optimizer, got none: "
+                f"{', '.join(map(str, which)) or 'nothing'}"
+            )
+        for group, rest in zip(self.param_groups, left, strict=True):
+            group["params"] = rest
+        for group in new:
+            self.add_param_group(group)
+        return self.param_groups[-len(new) :]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.
@@ -507,8 +550,7 @@ class KFAC(torch.optim.Optimizer):
             )
         self.estimator.check_state_dict(own["estimator"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
-        device = self.param_groups[0]["params"][0].device
-        self.estimator.load_state_dict(own["estimator"], device)
+        self.estimator.load_state_dict(own["estimator"])
         self._schedule.num_steps = own["num_steps"]
         self._schedule.num_burnt = own["num_burnt"]
         self._calibrated = own["calibrated"]

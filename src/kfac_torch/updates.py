@@ -192,26 +192,40 @@ class UpdateRule:
         self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
     ) -> Step:
         """`η` and `μ` are given: `"regular"` and `"adam"`."""
-        group = self._group
-        lr, momentum = group["lr"], group["momentum"]
-        lrs, limit = [lr] * len(params), group["norm_constraint"]
+        lrs, momenta = self._options(params, "lr"), self._options(params, "momentum")
+        limit = self._group["norm_constraint"]
         velocities = self._remembered(params, "momentum_buffer")
         if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, grads)
             updates = precondition(blocks, params, velocities)
             finite, _ = limit_norm(updates, velocities, lrs, limit)
         else:
             directions = precondition(blocks, params, grads)
             finite, _ = limit_norm(directions, grads, lrs, limit)
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, directions)
             updates = velocities
-        deltas = list(torch._foreach_mul(updates, -lr))
-        if group["weight_decay"]:
-            torch._foreach_add_(deltas, params, alpha=-lr * group["weight_decay"])
+        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
+        self._add_decay(deltas, params, [-lr for lr in lrs])
         memory = [{"momentum_buffer": velocity} for velocity in velocities]
-        return Step(params, deltas, memory, finite, lr, momentum)
+        return Step(
+            params, deltas, memory, finite, self._group["lr"], self._group["momentum"]
+        )
+
+    def _options(self, params: list[Tensor], name: str) -> list[Any]:
+        """An option of every parameter's own group."""
+        groups = self._groups()
+        return [groups[p][name] for p in params]
+
+    def _add_decay(
+        self, tensors: list[Tensor], params: list[Tensor], factors: list[float]
+    ) -> None:
+        """Add `factor · decay · θ`, in place."""
+        decays = self._options(params, "weight_decay")
+        if any(decays):
+            weights = [f * decay for f, decay in zip(factors, decays, strict=True)]
+            torch._foreach_add_(tensors, torch._foreach_mul(params, weights))
 
     def _propose_modelled(
         self,
@@ -224,17 +238,25 @@ class UpdateRule:
         group, total = self._group, self.total_damping()
         assert self._qmodel is not None
         direction = precondition(blocks, params, grads)
-        if group["weight_decay"]:
-            torch._foreach_add_(direction, params, alpha=group["weight_decay"])
+        self._add_decay(direction, params, [1.0] * len(params))
+        lr, shares = self._shares(params)
+        if min(shares) < 1:
+            torch._foreach_mul_(direction, shares)
         directions = [direction]
         fixed = None if self._momentum_type == "qmodel" else group["momentum"]
         if fixed != 0 and any(
             "previous_update" in self._optimizer.state[p] for p in params
         ):
-            directions.append(self._remembered(params, "previous_update"))
+            previous = self._remembered(params, "previous_update")
+            if min(shares) <= 0:
+                moves = [float(share > 0) for share in shares]
+                previous = list(torch._foreach_mul(previous, moves))
+            directions.append(previous)
         model = self._quadratic_model(params, grads, directions)
         weights = model.minimize(total, fixed, self._qmodel.max_momentum)
-        weights = self._limited(model, weights, total, trial)
+        weights = self._limited(
+            model, weights if lr is None else lr * weights, total, trial
+        )
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
@@ -248,13 +270,20 @@ class UpdateRule:
             model.change(weights, self._included()),
         )
 
+    def _shares(self, params: list[Tensor]) -> tuple[float | None, list[float]]:
+        """The largest `lr` of all groups, and that of every parameter as a part of it."""
+        lrs = self._options(params, "lr")
+        if all(lr is None for lr in lrs):
+            return None, [1.0] * len(lrs)
+        known = [1.0 if lr is None else lr for lr in lrs]
+        largest = max(known)
+        return largest, [lr / largest if largest else 1.0 for lr in known]
+
     def _limited(
         self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
     ) -> Tensor:
-        """Scale the step as a whole: by `lr`, to the norm limit, into the trust region."""
+        """Scale the step as a whole: to the norm limit, into the trust region."""
         group = self._group
-        if group["lr"] is not None:
-            weights = weights * group["lr"]
         limits = [(group["norm_constraint"], total)]
         if group["trust_region"] is not None:
             limits.append((self._region(trial, weights), 0.0))
