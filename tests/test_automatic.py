@@ -532,7 +532,7 @@ REGIONS = {
 
 @pytest.mark.parametrize("name", REGIONS)
 def test_a_step_stays_in_the_trust_region(name):
-    """`δᵀFδ <= 0.1 L` by dense matrices, and at the border where it holds a step back."""
+    """`δᵀFδ <= L/20` by dense matrices, and at the border where it holds a step back."""
     declared, factory, criterion, targets = REGIONS[name]
     model = With(to_variance) if "variance" in name else plain()
     x, y = torch.randn(N, IN), targets()
@@ -549,7 +549,7 @@ def test_a_step_stays_in_the_trust_region(name):
         ratios.append(((delta @ F @ delta) / size).item())
         if name == "labels":
             torch.testing.assert_close(size, loss.detach())
-    assert max(ratios) == pytest.approx(0.1, rel=1e-6)
+    assert max(ratios) == pytest.approx(0.05, rel=1e-6)
     assert min(ratios) > 0
 
 
@@ -602,12 +602,13 @@ def test_momentum_within_bounds_is_the_best_one_there():
     assert seen == {"low", "high", "between"}
 
 
-def test_momentum_of_the_automatic_step_stays_within_bounds():
-    model = plain()
-    records = train(model, KFAC(model, "categorical"), batches(1) * 25)
-    momenta = [float(record.momentum) for record in records]
-    assert all(0 <= m <= 0.95 for m in momenta)
-    assert max(momenta) == 0.95
+def test_momentum_of_a_step_stays_within_bounds():
+    for limit, options in ((0.95, {}), (0.4, {"momentum_type": QModel(max_momentum=0.4)})):
+        model = plain()
+        records = train(model, KFAC(model, "categorical", **options), batches(1) * 15)
+        momenta = [float(record.momentum) for record in records]
+        assert all(0 <= m <= limit for m in momenta)
+    assert max(momenta) == 0.4
 
 
 # Damping.
@@ -692,8 +693,11 @@ def test_a_loss_that_a_gradient_does_not_tell():
 
 @pytest.mark.parametrize("how", [train, train_with_closure])
 def test_resuming_is_bit_for_bit(how):
-    data = batches(13)
-    options = {"damping": RelativeDamping(rule(calibrate=True)), "num_burnin_steps": 1}
+    data = batches(8)
+    options = {
+        "damping": RelativeDamping(rule(calibrate=True, decay=0.5)),
+        "num_burnin_steps": 1,
+    }
 
     def make(model):
         return KFAC(model, "categorical", **options)
@@ -701,7 +705,7 @@ def test_resuming_is_bit_for_bit(how):
     model = net()
     start = copy.deepcopy(model)
     reference = [repr(record) for record in how(model, make(model), data)]
-    for stop in (1, 2, 4, 6, 7):
+    for stop in (1, 3, 6):
         first = copy.deepcopy(start)
         optimizer = make(first)
         how(first, optimizer, data[:stop])
@@ -799,7 +803,7 @@ def test_values_that_are_none(make, message):
 def test_defaults():
     automatic = KFAC(plain(), "categorical")
     group = automatic.param_groups[0]
-    assert (group["lr"], group["trust_region"], group["damping"]) == (None, 0.1, None)
+    assert (group["lr"], group["trust_region"], group["damping"]) == (None, 0.05, None)
     assert group["norm_constraint"] is None
     classic = KFAC(plain(), "categorical", lr=0.1)
     group = classic.param_groups[0]
@@ -818,5 +822,5 @@ def test_it_trains_in_float32():
         torch.manual_seed(4)
         model = plain().float()
         optimizer = KFAC(model, "categorical")
-        records = train(model, optimizer, [(scale * x, y)] * 60)
+        records = train(model, optimizer, [(scale * x, y)] * 40)
         assert records[-1].loss < 0.25 * records[0].loss
