@@ -16,6 +16,7 @@ from kfac_torch.loss_functions import (
     MultiBernoulliNegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
 )
+from kfac_torch.preconditioning import limit_norm
 from kfac_torch.quadratic_model import (
     QuadraticModel,
     every_kth,
@@ -685,9 +686,9 @@ def test_the_norm_limit_of_the_lineage(limit, expected):
     g = [torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[2.0, 3], [4, 5]])]
     p = [torch.tensor([[3.0, 4], [5, 6]]), torch.tensor([[7.0, 8], [9, 10]])]
     assert products([g, p])[0, 1] == 174
-    optimizer = make(net(), momentum_type="regular", lr=0.1, norm_constraint=limit)
     limited = [t.clone() for t in p]
-    optimizer._updates._limit(limited, g, 0.1)
+    _, kappa = limit_norm(limited, g, [0.1, 0.1], limit)
+    assert kappa.item() == pytest.approx(expected, rel=1e-6)
     for ours, whole in zip(limited, p, strict=True):
         torch.testing.assert_close(ours, expected * whole, rtol=1e-9, atol=0)
 
