@@ -459,7 +459,7 @@ def test_evaluation_between_steps_changes_nothing():
     assert same(parameters(model), parameters(twin))
 
 
-@pytest.mark.parametrize("output", ["logits", lambda out: out["logits"]])
+@pytest.mark.parametrize("output", ["scores", lambda out: out["scores"]])
 def test_models_that_return_a_dict(output):
     class Wrapped(nn.Module):
         def __init__(self):
@@ -467,14 +467,14 @@ def test_models_that_return_a_dict(output):
             self.net = net()
 
         def forward(self, x):
-            return {"logits": self.net(x), "other": x}
+            return {"scores": self.net(x), "other": x}
 
     model, (x, y) = Wrapped(), batch()
     train(
         model,
         make(model, output=output),
         [(x, y)],
-        lambda out, y: functional.cross_entropy(out["logits"], y),
+        lambda out, y: functional.cross_entropy(out["scores"], y),
     )
     optimizer = make(model)
     with pytest.raises(ValueError, match=r"network output as a tensor, got dict.*output="):

@@ -471,7 +471,7 @@ DenseSquareMatrixFactor = InverseProvidingFactor  # its name after r1.8
 def refresh_inverses(factors: Iterable[FisherFactor]) -> None:
     """Refresh all that the factors store; same-size factorisations in one batch.
 
-    Factors that store nothing (diagonal ones) are passed over.
+    Factors that store nothing (diagonal ones) have nothing to compute.
 
     Raises:
         torch.linalg.LinAlgError: a damped factor is singular; the message names it and
@@ -481,6 +481,7 @@ def refresh_inverses(factors: Iterable[FisherFactor]) -> None:
     batches = defaultdict(list)
     for factor in dict.fromkeys(factors):
         if not isinstance(factor, InverseProvidingFactor):
+            new += factor.compute_stored()
             continue
         eigen = factor.uses_eigendecomp()
         if eigen:
