@@ -692,8 +692,11 @@ def test_a_loss_that_a_gradient_does_not_tell():
 
 @pytest.mark.parametrize("how", [train, train_with_closure])
 def test_resuming_is_bit_for_bit(how):
-    data = batches(13)
-    options = {"damping": RelativeDamping(rule(calibrate=True)), "num_burnin_steps": 1}
+    data = batches(8)
+    options = {
+        "damping": RelativeDamping(rule(calibrate=True, decay=0.5)),
+        "num_burnin_steps": 1,
+    }
 
     def make(model):
         return KFAC(model, "categorical", **options)
@@ -701,7 +704,7 @@ def test_resuming_is_bit_for_bit(how):
     model = net()
     start = copy.deepcopy(model)
     reference = [repr(record) for record in how(model, make(model), data)]
-    for stop in (1, 2, 4, 6, 7):
+    for stop in (1, 3, 6):
         first = copy.deepcopy(start)
         optimizer = make(first)
         how(first, optimizer, data[:stop])
@@ -818,5 +821,5 @@ def test_it_trains_in_float32():
         torch.manual_seed(4)
         model = plain().float()
         optimizer = KFAC(model, "categorical")
-        records = train(model, optimizer, [(scale * x, y)] * 60)
+        records = train(model, optimizer, [(scale * x, y)] * 40)
         assert records[-1].loss < 0.25 * records[0].loss
