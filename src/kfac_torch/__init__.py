@@ -13,6 +13,7 @@ from .curvature_products import (
 )
 from .damping import LevenbergMarquardt as LevenbergMarquardt
 from .estimator import FisherEstimator as FisherEstimator
+from .health import FactorHealth as FactorHealth, Health as Health
 from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
@@ -22,7 +23,9 @@ from .size_limit import SizeLimit as SizeLimit
 __all__ = (
     "KFAC",
     "CurvatureMatrixVectorProductComputer",
+    "FactorHealth",
     "FisherEstimator",
+    "Health",
     "LayerCollection",
     "Layers",
     "LevenbergMarquardt",

@@ -32,8 +32,10 @@ from .capture import uncompiled
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
+from .health import Health
 from .layer_choice import Layers
 from .layer_collection import LayerCollection
+from .linalg import NotFiniteError
 from .loss_collection import Output
 from .loss_functions import LossFactory
 from .options import (
@@ -63,10 +65,11 @@ class KFAC(torch.optim.Optimizer):
     before the user's own backward and without touching any `.grad`.
 
     A batch with a NaN or an Inf in its statistics or its gradient changes no parameter
-    (and no factor, if statistics are due): the step is left out, counted in
-    `skipped_steps`, with a RuntimeWarning. The host reads one number of the device per
-    step, one more where statistics are due, and one for each distinct size of a factor
-    where inverses are.
+    (and no factor, if statistics are due): the step is left out and counted, the first one
+    with a RuntimeWarning. A factor that cannot be factorised climbs a ladder of rescues,
+    or keeps its last good inverse for a while; `health()` has all counts. The host reads
+    one number of the device per step, one more where statistics are due, and one for each
+    distinct size of a factor where inverses are.
 
     Args:
         model: the root module, or what `torch.compile` made of it; the loss must be a
@@ -122,7 +125,6 @@ class KFAC(torch.optim.Optimizer):
 
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
-        skipped_steps: how many were left out.
 
     Raises:
         ValueError: a value out of range, a loss that is not known, or a model without
@@ -178,7 +180,6 @@ class KFAC(torch.optim.Optimizer):
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(_param_groups(names, layers, lr, momentum), defaults)
         self.last_step: StepRecord | None = None
-        self.skipped_steps = 0
         self._model = model
         self._names = names
         self._damping = damping
@@ -227,6 +228,15 @@ class KFAC(torch.optim.Optimizer):
         """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
 
+    def health(self) -> Health:
+        """Return what went wrong so far and was mended, in numbers; see `Health`."""
+        return self.estimator.health
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because of a NaN or an Inf."""
+        return self.health().skipped_steps
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.
 
@@ -254,8 +264,9 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: on the first step, if there was no forward in training mode.
             ValueError: λ adapts and there is no closure; a parameter without a block has
                 no `lr`.
-            torch.linalg.LinAlgError: a damped factor is singular; parameters and
-                inverses are unchanged. A λ that adapts is raised instead.
+            torch.linalg.LinAlgError: a damped factor is singular on every rung of the
+                ladder, and has no inverse to keep; parameters and inverses are unchanged.
+                A λ that adapts is raised instead, unless the factor has a NaN or an Inf.
         """
         try:
             adapts = self._updates.rule is not None
@@ -273,7 +284,7 @@ class KFAC(torch.optim.Optimizer):
             if moves:
                 bad = self._move(params, grads, trial)
             if bad:
-                self._skip(", ".join(bad))
+                self.estimator.ledger.skip_step(bad, stacklevel=4)
             if burning:
                 self._num_burnt += 1
                 return value
@@ -319,7 +330,10 @@ class KFAC(torch.optim.Optimizer):
         return estimator.update_covariances(finite, decay=1.0 if burning else None)
 
     def _update_inverses(self) -> None:
-        """Refresh the inverses where due; a λ that adapts is raised until it can be."""
+        """Refresh the inverses where due; a λ that adapts is raised until it can be.
+
+        That comes after the ladder of rescues, and after a last good inverse.
+        """
         estimator = self.estimator
         blocks = estimator.blocks.values()
         if not any(block.has_statistics for block in blocks):
@@ -334,14 +348,19 @@ class KFAC(torch.optim.Optimizer):
         for block in blocks:
             block.follow_params()
         early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
+        given = self.param_groups[0]["damping"]
         for attempt in range(_MAX_ADAPTATIONS):
             if not (self._inverses_due or early):
                 return
             try:
                 estimator.update_inverses()
                 self._inverses_due = early = False
-            except torch.linalg.LinAlgError:
-                if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
+            except torch.linalg.LinAlgError as error:
+                # No damping mends a NaN.
+                hopeless = isinstance(error, NotFiniteError)
+                last = attempt == _MAX_ADAPTATIONS - 1
+                if self._updates.rule is None or hopeless or last:
+                    self.param_groups[0]["damping"] = given
                     raise
                 damping = self.param_groups[0]["damping"]
                 self._set_damping(self._updates.rule.update(damping, -1.0))
@@ -428,16 +447,6 @@ class KFAC(torch.optim.Optimizer):
 
     # Messages.
 
-    def _skip(self, why: str) -> None:
-        self.skipped_steps += 1
-        warnings.warn(
-            f"KFAC.step(): NaN, Inf or overflow in {why}; the step is left out: "
-            "parameters, velocities and factors keep their last good values (counted in "
-            "skipped_steps)",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
     def _announce_others(self, params: list[Tensor]) -> None:
         by_rule: dict[str, list[str]] = {}
         for p, rule in self._updates.plain_rules(params).items():
@@ -464,7 +473,6 @@ class KFAC(torch.optim.Optimizer):
             "num_steps": self._num_steps,
             "num_burnt": self._num_burnt,
             "calibrated": self._calibrated,
-            "skipped_steps": self.skipped_steps,
             "collecting": self.estimator.collecting,
             "inverses_due": self._inverses_due,
             "estimator": self.estimator.state_dict(),
@@ -496,7 +504,6 @@ class KFAC(torch.optim.Optimizer):
         self._num_steps = own["num_steps"]
         self._num_burnt = own["num_burnt"]
         self._calibrated = own["calibrated"]
-        self.skipped_steps = own["skipped_steps"]
         self.estimator.collecting = own["collecting"]
         self._inverses_due = own["inverses_due"]
 
