@@ -413,6 +413,7 @@ def test_the_undamped_block_and_its_products(name):
         *(matrices(factor.get_cov()) for factor in block.factors), strict=True)
     ] if len(block.factors) == 2 else [block.factors[0].get_cov()]  # fmt: skip
     close(F, block.num_locations * torch.block_diag(*products))
+    close(block.trace(), F.trace())
     V = vector_for(block)
     close(block.multiply_inverse(block.multiply(V)), V)
     close(block.multiply(V), (damped(block) @ V.flatten()).view(V.shape))

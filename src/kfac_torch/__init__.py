@@ -11,13 +11,16 @@ from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
     CurvatureMatrixVectorProductComputer as CurvatureMatrixVectorProductComputer,
 )
-from .damping import LevenbergMarquardt as LevenbergMarquardt
+from .damping import (
+    LevenbergMarquardt as LevenbergMarquardt,
+    RelativeDamping as RelativeDamping,
+)
 from .estimator import FisherEstimator as FisherEstimator
 from .health import FactorHealth as FactorHealth, Health as Health
 from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
-from .options import QModel as QModel
+from .options import QModel as QModel, TrustRegion as TrustRegion
 from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
@@ -30,7 +33,9 @@ __all__ = (
     "Layers",
     "LevenbergMarquardt",
     "QModel",
+    "RelativeDamping",
     "SizeLimit",
+    "TrustRegion",
     "check_curvature",
     "curvature_products",
     "fisher_blocks",

@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_loss import BatchLoss, scale_of
 from .block_products import BlockProducts
-from .capture import Capture, Layer, LayerCall
+from .capture import Capture, LayerCall
 from .damping import DampingFunc, check_damping
 from .fisher_blocks import FisherBlock, Moment
 from .fisher_factors import refresh_inverses
@@ -42,7 +43,7 @@ from .health import Health, HealthLedger
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
-from .sources import BatchMoments, column_chunks, fill_missing
+from .sources import BatchMoments, block_layer, column_chunks, fill_missing
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 
@@ -68,8 +69,7 @@ class FisherEstimator(BlockProducts):
         seed: of the generator that draws targets; the global one is not touched.
 
     Attributes:
-        max_kept_inverses: for how many refreshes in a row a factor that cannot be
-            factorised keeps its last good inverse.
+        max_kept_inverses: for how many refreshes a factor that fails keeps its last one.
 
     Raises:
         ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], a negative `damping`,
@@ -133,6 +133,7 @@ class FisherEstimator(BlockProducts):
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
         self._averages_all = False  # over all micro-batches of a step together
+        self._averages_each = False
         try:
             for block in self.blocks.values():
                 block.instantiate_factors(damping)
@@ -184,6 +185,21 @@ class FisherEstimator(BlockProducts):
         self._forwards.arrived.clear()
         self._capture.param_grads.clear()
         self._capture.forwards = [f for f in self._capture.forwards if not f.arrived]
+        if self._capture.probe is not None:
+            self._capture.probe.clear()
+
+    def batch_loss(self) -> BatchLoss:
+        """Return the loss of the forwards whose backward has run since `reset`."""
+        probe = self._capture.probe
+        ratio = None if probe is None else probe.ratio()
+        undeclared = self._summed and not self.sums_gradients
+        return BatchLoss(
+            self._forwards.arrived,
+            sums=self.sums_gradients,
+            factor=self.num_terms if undeclared else self._gradient_factor,
+            means_each=self._averages_each,
+            scale=None if ratio is None else scale_of(ratio),
+        )
 
     @property
     def sums_gradients(self) -> bool:
@@ -331,6 +347,7 @@ class FisherEstimator(BlockProducts):
         if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
             self._averages_all = True  # gradients are accumulated as one batch's
             return
+        self._averages_each = share < 1 and abs(factor - 1) < 0.01
         empirical = self._mode == "empirical"
         message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
         if message is None:
@@ -440,8 +457,7 @@ class FisherEstimator(BlockProducts):
 
         Raises:
             torch.linalg.LinAlgError: a damped factor is singular on every rung of the
-                ladder (`linalg.py`), and has no last good inverse or has kept it
-                `max_kept_inverses` times; nothing is changed.
+                ladder, and has no inverse to keep (any more); nothing is changed.
         """
         self._refresh(self.blocks.values())
 
@@ -450,8 +466,7 @@ class FisherEstimator(BlockProducts):
         which = slice(None) if index is None else slice(index, index + 1)
         factors = [factor for block in ready for factor in block.factors[which]]
         kept = refresh_inverses(factors, self.max_kept_inverses)
-        for factor in factors:
-            self.ledger.refreshed(factor.name, factor.health, kept.get(factor))
+        self.ledger.refreshed(factors, kept)
 
     @property
     def health(self) -> Health:
@@ -527,6 +542,7 @@ class FisherEstimator(BlockProducts):
             "gradient_factor": self._gradient_factor,
             "averages_all": self._averages_all,
             "health": self.ledger.state_dict(),
+            "averages_each": self._averages_each,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -569,6 +585,7 @@ class FisherEstimator(BlockProducts):
         self._gradient_factor = state["gradient_factor"]
         self._averages_all = state["averages_all"]
         self.ledger.load_state_dict(state["health"])
+        self._averages_each = state["averages_each"]
         self._generator = None
         if state["generator"] is None:
             return
@@ -581,8 +598,3 @@ class FisherEstimator(BlockProducts):
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
-
-
-def block_layer(block: FisherBlock) -> Layer:
-    """Return what the capture has to record for a block."""
-    return Layer(block.modules, block.call_input, block.part)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from .linalg import Rescue
 
@@ -66,6 +66,20 @@ class FactorHealth:
         """Count a refresh that left the last good inverse in place."""
         self.kept += 1
         self.kept_in_a_row += 1
+
+
+class Counted(Protocol):
+    """A factor, as far as this module knows it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def health(self) -> FactorHealth:
+        """Its counts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -165,10 +179,15 @@ class HealthLedger:
             "out after an overflow; what was gathered in it is forgotten",
         )
 
-    def refreshed(
-        self, name: str, counts: FactorHealth, error: Exception | None = None
-    ) -> None:
-        """Tell of the last refresh of a factor, if it took a rescue or failed."""
+    def refreshed(self, factors: Iterable[Counted], kept: Mapping[Any, Exception]) -> None:
+        """Tell of the last refresh of some factors, if it took a rescue or failed.
+
+        `kept` has the errors of those that kept their last good inverse.
+        """
+        for factor in factors:
+            self._refreshed(factor.name, factor.health, kept.get(factor))
+
+    def _refreshed(self, name: str, counts: FactorHealth, error: Exception | None) -> None:
         if error is not None:
             self._event(
                 "kept",

@@ -476,7 +476,7 @@ class LayerCollection(
         self._fall_back(root)
 
     def _register_found(self, found: Found) -> None:
-        names = [self._module_names[id(module)] for module in found.modules]
+        names = [self._module_names.get(id(module), "") for module in found.modules]
         excluded = any(name in self._choices.excluded for name in names)
         if excluded or any(map(self._linked_otherwise, found.modules)):
             return
@@ -487,8 +487,9 @@ class LayerCollection(
         if approx is None and large_norm:
             approx = "diagonal"
         for module in found.modules:
-            for own, param in module.named_parameters(self._module_names[id(module)]):
-                if self.is_excluded(param) or self.is_chosen(self._param_names[id(param)]):
+            for own, param in module.named_parameters(names[0]):
+                name = self._param_names.get(id(param), own)
+                if self.is_excluded(param) or self.is_chosen(name):
                     raise ValueError(
                         f"{own}: expected a choice for its whole layer, of whose block it "
                         f"is a part, got one for itself: choose for {names[0] or 'all'}"

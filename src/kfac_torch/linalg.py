@@ -108,6 +108,8 @@ class DampedCholesky:
         self._rescued: dict[int, Tensor] = {}  # `L` in float64
         self.rescues: dict[int, Rescue] = {}
         self.failures: dict[int, torch.linalg.LinAlgError] = {}
+        # A factorisation reads the lower triangle alone, and sees no NaN in the upper one.
+        regular = regular & _all_finite(members)
         # The one host read of a refresh.
         for i in (~regular).nonzero().flatten().tolist():
             found = _climb(members[i], dampings[i].item())
@@ -261,7 +263,8 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
         name: for the error.
 
     Returns:
-        `e [..., n]` and `V [..., n, n]`, with the eigenvectors as columns.
+        `e [..., n]` and `V [..., n, n]`, with the eigenvectors as columns; `e` is NaN
+        where `C` has a NaN or an Inf, even if that is in the triangle that is not read.
 
     Raises:
         torch.linalg.LinAlgError: it fails in float64 too (`NotFiniteError`: of a matrix
@@ -279,7 +282,13 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
         )
         for member, e_i, V_i in flat:
             _eigh_alone(member, name, e_i, V_i)
-    return e.clamp(min=floor), V
+    # Only the lower triangle was read.
+    return torch.where(_all_finite(C).unsqueeze(-1), e.clamp(min=floor), torch.nan), V
+
+
+def _all_finite(C: Tensor) -> Tensor:
+    """Whether each matrix `[..., n, n]` is free of NaN and Inf, `[...]`."""
+    return C.isfinite().flatten(-2).all(-1)
 
 
 def _eigh_alone(C: Tensor, name: str, e: Tensor, V: Tensor) -> None:

@@ -12,7 +12,8 @@ with `κ = min(1, sqrt(c / (η² pᵀF̂p)))`, so that a step without momentum m
 distribution by about `c/2` nats (Martens & Grosse 2015, arXiv 1503.05671, section 6;
 Ba et al. 2017 for `c`). With `"qmodel"` α and μ minimise the quadratic model of the loss,
 `gᵀδ + ½ δᵀ(F + λI)δ` (section 7 of the former; `"qmodel_fixedmu"`: α alone), and the
-constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`. Weight decay is
+constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`; a trust region is
+`δᵀFδ <= fraction · loss`. Weight decay is
 decoupled: `δ −= η·decay·θ`; with the model, `p += decay·θ`. Parameters without a block
 follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 """
@@ -20,17 +21,17 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import uncompiled
+from .capture import GradientProbe, uncompiled
+from .construction import complete, loss_taken_back, param_groups
 from .coverage import CoverageReport
-from .damping import LevenbergMarquardt
+from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .health import Health
 from .layer_choice import Layers
@@ -39,26 +40,29 @@ from .linalg import NotFiniteError
 from .loss_collection import Output
 from .loss_functions import LossFactory
 from .options import (
-    MOMENTUM,
     Damping,
     QModel,
+    TrustRegion,
     check_count,
     damping_at,
     group_options,
-    name_and_stride,
+    resolve,
 )
-from .plain_updates import plain_options
+from .steps import StepRecord
 from .trials import Trial
-from .updates import StepRecord, UpdateRule
+from .updates import UpdateRule
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 
 
 class KFAC(torch.optim.Optimizer):
     """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
-    and embeddings of a model, momentum for its other parameters.
+    and embeddings of a model, another rule for its other parameters.
+
+    Without an `lr` it is automatic: step size and momentum are those of the quadratic
+    model, a trust region limits the step, λ starts relative to the curvature and adapts.
 
     On a step where statistics are due, a hook on the model's forward draws targets from
     the model's own output and takes gradients to the layer outputs: the true Fisher,
@@ -86,22 +90,26 @@ class KFAC(torch.optim.Optimizer):
         output: where the network output is in what the model returns, if that is not a
             tensor: a key, an index, an attribute name or a callable.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
-            group option. With the quadratic model a factor on the step that it finds;
-            None is 1 (for a scheduler, say 1.0).
+            group option. None is automatic. With the quadratic model a factor on the step
+            that it finds; None is 1 (for a scheduler, say 1.0).
         damping: λ, added to the Fisher of the mean loss, in its units: those of the loss
             per squared parameter. 0 is allowed where no factor is singular. A number,
             which may be changed as `param_groups[0]["damping"]` and is read at each
             refresh; a callable of the number of steps taken; or a `LevenbergMarquardt`,
-            which adapts it and needs `step(closure)`.
+            which adapts it. Any of them in a `RelativeDamping` is in units of the mean
+            curvature at the start. None is `RelativeDamping()`, which adapts, with the
+            quadratic model, else a constant `RelativeDamping(0.1)`.
         momentum: `μ` in [0, 1); None is 0.9; a param group option. `"qmodel"` finds it.
         weight_decay: decoupled, per unit of `lr`; a param group option.
-        norm_constraint: `c`, in nats of squared Fisher norm, or None for no limit;
-            `"auto"` is 1e-3, and None with the quadratic model. May be changed as
-            `param_groups[0]["norm_constraint"]`.
+        norm_constraint: `c`, in nats of squared Fisher norm, or a `TrustRegion`, a part of
+            the loss, with the quadratic model, or None for no limit; `"auto"` is 1e-3,
+            None with the quadratic model, and `TrustRegion()` where all is automatic.
+            May be changed as `param_groups[0]["norm_constraint"]` or `["trust_region"]`.
         momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
-            or a `QModel`, which has options.
+            or a `QModel`, which has options. None is `"regular"` with an `lr`, else the
+            quadratic model of a quarter of the batch, with a momentum of at most 0.95.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
@@ -125,6 +133,7 @@ class KFAC(torch.optim.Optimizer):
 
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
+        damping_unit: the mean curvature at the start, where damping is relative.
 
     Raises:
         ValueError: a value out of range, a loss that is not known, or a model without
@@ -134,7 +143,7 @@ class KFAC(torch.optim.Optimizer):
             predict by (a chain over time); the quadratic model needs none.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    >>> optimizer = KFAC(model, loss="categorical", lr=0.1, damping=1e-2)
+    >>> optimizer = KFAC(model, loss="categorical")
     >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
@@ -151,11 +160,11 @@ class KFAC(torch.optim.Optimizer):
         output: Output = None,
         *,
         lr: float | None = None,
-        damping: Damping,
+        damping: Damping | None = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
-        norm_constraint: float | str | None = "auto",
-        momentum_type: str | QModel = "regular",
+        norm_constraint: float | str | TrustRegion | None = "auto",
+        momentum_type: str | QModel | None = None,
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
@@ -163,7 +172,11 @@ class KFAC(torch.optim.Optimizer):
         num_burnin_steps: int = 0,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
-        kind, stride = name_and_stride(momentum_type)
+        self._adapts_if_told = damping is None
+        chosen, damping, norm_constraint = resolve(
+            lr, momentum_type, damping, norm_constraint
+        )
+        kind = chosen.name if isinstance(chosen, QModel) else chosen
         defaults = group_options(
             momentum_type=kind,
             lr=lr,
@@ -175,14 +188,14 @@ class KFAC(torch.optim.Optimizer):
         check_count("cov_update_every", cov_update_every, 1)
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
-        layers = _complete(layer_collection, model, loss, output, approx)
+        layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        super().__init__(_param_groups(names, layers, lr, momentum), defaults)
+        super().__init__(param_groups(names, layers, lr, momentum), defaults)
         self.last_step: StepRecord | None = None
         self._model = model
         self._names = names
-        self._damping = damping
+        self._given_damping = self._damping = damping
         self._momentum_type = kind
         self._cov_update_every = cov_update_every
         self._invert_every = invert_every
@@ -191,18 +204,20 @@ class KFAC(torch.optim.Optimizer):
         self._num_burnt = 0
         self._inverses_due = True
         self._calibrated = False
-        chosen = (name for name in names.values() if layers.is_chosen(name))
-        self._announced = set(chosen)
-        with _loss_taken_back(layers, loss):
-            self._watch(layers, cov_ema_decay, estimation_mode, kind, stride)
+        self._told = False  # whether the change of the loss is known to be told
+        self.damping_unit: float | None = None
+        self._announced = {name for name in names.values() if layers.is_chosen(name)}
+        region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
+        with loss_taken_back(layers, loss):
+            self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
 
     def _watch(
         self,
         layers: LayerCollection,
         cov_ema_decay: float,
         estimation_mode: str,
-        kind: str,
-        stride: int,
+        chosen: str | QModel,
+        region: TrustRegion | None,
     ) -> None:
         """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
@@ -214,11 +229,20 @@ class KFAC(torch.optim.Optimizer):
         )
         try:
             self._updates = UpdateRule(
-                self, self._model, self.estimator, self._names, kind, self._damping, stride
+                self,
+                self._model,
+                self.estimator,
+                self._names,
+                chosen,
+                self._damping,
+                region,
             )
         except NotImplementedError:
             self.estimator.release()
             raise
+        if self._updates.modelled or self._updates.rule:
+            params = [p for block in layers.blocks.values() for p in block.params]
+            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -252,18 +276,19 @@ class KFAC(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model on this step's batch, calls `backward` and
-                returns the loss; optional, unless λ adapts. It is then called again after
-                the step where an adaptation is due, with the same random numbers; that
-                call leaves no trace: gradients, buffers and random state are put back. If
-                it raises, the step has been taken, and λ stays.
+                returns the loss; optional. Where λ adapts it is called again after the
+                step when an adaptation is due, with the same random numbers; that call
+                leaves no trace: gradients, buffers and random state are put back. If it
+                raises, the step has been taken, and λ stays. Without one the change of
+                the loss is read off the gradient at the network output.
 
         Returns:
             What the closure returned, at first.
 
         Raises:
             RuntimeError: on the first step, if there was no forward in training mode.
-            ValueError: λ adapts and there is no closure; a parameter without a block has
-                no `lr`.
+            ValueError: a `LevenbergMarquardt` was given and there is no closure, nor does
+                the gradient tell the loss; a parameter without a block has no `lr`.
             torch.linalg.LinAlgError: a damped factor is singular on every rung of the
                 ladder, and has no inverse to keep; parameters and inverses are unchanged.
                 A λ that adapts is raised instead, unless the factor has a NaN or an Inf.
@@ -274,6 +299,9 @@ class KFAC(torch.optim.Optimizer):
             value = trial.first()
             params, grads = self._gradients()
             self.estimator.check_loss(value)
+            if self._updates.modelled or adapts:
+                trial.batch = self.estimator.batch_loss()
+                self._check_told(trial)
             if self.estimator.sums_gradients and self.estimator.num_terms:
                 trial.num_terms = self.estimator.num_terms
                 grads = list(torch._foreach_div(grads, trial.num_terms))
@@ -300,16 +328,37 @@ class KFAC(torch.optim.Optimizer):
             return value
         finally:
             self.estimator.capture.forwards.clear()
+            if self.estimator.capture.probe is not None:
+                self.estimator.capture.probe.clear()
+
+    def _check_told(self, trial: Trial) -> None:
+        """See whether the change of the loss, where λ adapts to it, will be known."""
+        if self._updates.rule is None or self._told or not trial.batch.forwards:
+            return
+        self._told = trial.tells_change
+        if self._told:
+            return
+        what = (
+            "the gradient at the network output does not tell how this loss changes: "
+            "expected step(closure), with a closure that clears the gradients, calls the "
+            "model and backward, and returns the loss; got none"
+        )
+        if not self._adapts_if_told:
+            raise ValueError(f"KFAC.step(): damping=LevenbergMarquardt(...): {what}")
+        warnings.warn(f"KFAC.step(): {what}, so that damping stays", stacklevel=5)
+        self._updates.rule = None
 
     def _adapt(self, trial: Trial) -> None:
         """Adapt λ where due, by the loss at the parameters that the step has led to."""
         rule, record = self._updates.rule, self.last_step
         if rule is None or record is None or self._num_steps % rule.interval:
             return
-        assert record.predicted_change is not None  # `_move` asked for it
-        new_loss, rho = trial.judge(record.predicted_change, rule)
+        if trial.step is None or not trial.can_judge:
+            return
+        new_loss, rho = trial.judge(trial.step, rule)
         self.last_step = replace(record, new_loss=new_loss, rho=rho)
-        self._set_damping(rule.update(record.damping, rho))
+        if rho is not None:
+            self._set_damping(rule.update(record.damping, rho))
 
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
@@ -329,13 +378,9 @@ class KFAC(torch.optim.Optimizer):
         finite = torch.stack(flags).all() if flags else None
         return estimator.update_covariances(finite, decay=1.0 if burning else None)
 
-    def _update_inverses(self) -> None:
-        """Refresh the inverses where due; a λ that adapts is raised until it can be.
-
-        That comes after the ladder of rescues, and after a last good inverse.
-        """
-        estimator = self.estimator
-        blocks = estimator.blocks.values()
+    def _check_statistics(self) -> None:
+        """Raise RuntimeError where there are none; see that they are where the model is."""
+        blocks = self.estimator.blocks.values()
         if not any(block.has_statistics for block in blocks):
             raise RuntimeError(
                 "KFAC.step(): there are no statistics yet. Expected a call of the model "
@@ -347,6 +392,18 @@ class KFAC(torch.optim.Optimizer):
             )
         for block in blocks:
             block.follow_params()
+
+    def _set_unit(self, unit: float | None) -> None:
+        """Bring a relative damping to units of the Fisher, where they are known."""
+        self.damping_unit, self._damping = unit, self._given_damping
+        if unit is not None and isinstance(self._given_damping, RelativeDamping):
+            self._damping = self._given_damping.absolute(unit)
+        if isinstance(self._damping, LevenbergMarquardt) and self._updates.rule is not None:
+            self._updates.rule = self._damping
+
+    def _update_inverses(self) -> None:
+        """Refresh the inverses where due; a λ that adapts is raised until it can be."""
+        estimator = self.estimator
         early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
         given = self.param_groups[0]["damping"]
         for attempt in range(_MAX_ADAPTATIONS):
@@ -368,9 +425,14 @@ class KFAC(torch.optim.Optimizer):
     def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
         """Move the parameters; return what is not finite, if anything: nothing moves."""
         self._updates.num_steps = self._num_steps
-        group, rule = self.param_groups[0], self._updates.rule
+        self._check_statistics()
+        group = self.param_groups[0]
+        if isinstance(self._damping, RelativeDamping):
+            self._set_unit(self._updates.mean_curvature())
+            group["damping"] = damping_at(self._damping, self._num_steps)
         if callable(self._damping):
             group["damping"] = damping_at(self._damping, self._num_steps)
+        rule = self._updates.rule
         if not params:
             self._update_inverses()
             return []
@@ -378,10 +440,11 @@ class KFAC(torch.optim.Optimizer):
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
         due = rule is not None and (self._num_steps + 1) % rule.interval == 0
-        step = self._updates.propose(params, grads, with_prediction=due)
+        step = self._updates.propose(params, grads, due, trial)
         self._announce_others(params)
         if not step.finite:
             return ["the gradient"]
+        trial.step = step
         torch._foreach_add_(step.params, step.deltas)
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
@@ -407,14 +470,16 @@ class KFAC(torch.optim.Optimizer):
         group, last = self.param_groups[0], 0.0
         for _ in range(_MAX_ADAPTATIONS):
             self._update_inverses()
-            step = self._updates.propose(params, grads, with_prediction=True)
+            step = self._updates.propose(params, grads, True, trial)
             if not step.finite:
                 return
             try:
                 torch._foreach_add_(step.params, step.deltas)
-                _, rho = trial.judge(step.prediction(), rule)
+                _, rho = trial.judge(step, rule)
             finally:
                 torch._foreach_copy_(params, before)
+            if rho is None:
+                return
             old = group["damping"]
             new = rule.update(old, rho)
             if (new - old) * last < 0:
@@ -473,6 +538,7 @@ class KFAC(torch.optim.Optimizer):
             "num_steps": self._num_steps,
             "num_burnt": self._num_burnt,
             "calibrated": self._calibrated,
+            "damping_unit": self.damping_unit,
             "collecting": self.estimator.collecting,
             "inverses_due": self._inverses_due,
             "estimator": self.estimator.state_dict(),
@@ -504,92 +570,7 @@ class KFAC(torch.optim.Optimizer):
         self._num_steps = own["num_steps"]
         self._num_burnt = own["num_burnt"]
         self._calibrated = own["calibrated"]
+        if isinstance(self._given_damping, RelativeDamping):
+            self._set_unit(own["damping_unit"])
         self.estimator.collecting = own["collecting"]
         self._inverses_due = own["inverses_due"]
-
-
-def _param_groups(
-    params: Iterable[Tensor],
-    layers: LayerCollection,
-    lr: float | None,
-    momentum: float | None,
-) -> list[dict[str, Any]]:
-    """Return a group of what has a block, and one for every rule that moves the others.
-
-    Frozen parameters too: they are left alone while they have no gradient. Those that are
-    excluded are in none.
-    """
-    owned = set(layers.registered_variables)
-    groups: list[dict[str, Any]] = [{"params": []}]
-    by_rule: dict[str, list[Tensor]] = {}
-    for p in params:
-        if p in owned:
-            groups[0]["params"].append(p)
-        elif not layers.is_excluded(p):
-            by_rule.setdefault(layers.plain_rule(p), []).append(p)
-    for rule, others in sorted(by_rule.items()):
-        options = plain_options(rule, lr, MOMENTUM if momentum is None else momentum)
-        groups.append({"params": others, **options})
-    return groups
-
-
-@contextmanager
-def _loss_taken_back(
-    layers: LayerCollection, loss: str | nn.Module | LossFactory | None
-) -> Iterator[None]:
-    """Leave the user's collection as it was, where a constructor fails."""
-    try:
-        yield
-    except (ValueError, NotImplementedError):
-        if loss is not None:
-            layers.registered_losses.pop()
-        raise
-
-
-def _complete(
-    layers: LayerCollection | None,
-    model: nn.Module,
-    loss: str | nn.Module | LossFactory | None,
-    output: Output,
-    approx: str | Mapping[Any, str] | Layers | None,
-) -> LayerCollection:
-    """Return a collection of the model with layers and losses.
-
-    Raises:
-        ValueError: no supported layer, or not exactly one of `loss` and losses that are
-            registered, or the collection of another model.
-    """
-    if layers is None:
-        layers = LayerCollection(model)
-        choices = approx if isinstance(approx, Layers) else Layers(approx=approx)
-        layers.auto_register_layers(layers=choices)
-    elif approx is not None:
-        raise ValueError(
-            "approx: expected no layer_collection= beside it, which has the approximations "
-            f"already, got approx={approx!r}; use auto_register_layers(layers=...)"
-        )
-    elif not isinstance(layers, LayerCollection):
-        raise TypeError(
-            f"layer_collection: expected a LayerCollection, got {type(layers).__name__}"
-        )
-    elif layers.model is not model:
-        raise ValueError(
-            "layer_collection: expected a collection of the model given to KFAC, got one "
-            f"of another {type(layers.model).__name__}"
-        )
-    if not layers.blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-            "nn.Linear, a convolution, an embedding, a normalisation or another layer of "
-            "registration.KINDS with a trained weight; left alone: "
-            f"{layers.left_alone or 'nothing'}"
-        )
-    if (loss is None) == (not layers.registered_losses):
-        given = "neither" if loss is None else "both"
-        raise ValueError(
-            f"loss: expected either loss= or losses registered in layer_collection, got "
-            f"{given}"
-        )
-    if loss is not None:
-        layers.register_loss_function(loss, output)
-    return layers

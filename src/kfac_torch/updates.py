@@ -13,18 +13,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import random_state, set_random_state, uncompiled
-from .damping import LevenbergMarquardt
+from .capture import RootCall, random_state, set_random_state, uncompiled
+from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
-from .options import Damping
+from .options import Damping, QModel, TrustRegion
 from .plain_updates import plain_options, propose_plain
 from .quadratic_model import (
     QuadraticModel,
@@ -34,59 +34,8 @@ from .quadratic_model import (
     products,
     rerun,
 )
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step did; tensors are left on their device, None is what was not computed.
-
-    Args:
-        step: its number, from 0, burn-in steps not counted.
-        lr: `η`, or `−α η` of the quadratic model.
-        momentum: `μ`, or the one found by the quadratic model.
-        damping: λ that was used.
-        loss: what the closure returned, per loss term.
-        new_loss: the same after the step.
-        predicted_change: of the loss, by the quadratic model.
-        rho: the change of the loss over the predicted one.
-    """
-
-    step: int
-    lr: Tensor | float
-    momentum: Tensor | float
-    damping: float
-    loss: Tensor | float | None = None
-    new_loss: Tensor | float | None = None
-    predicted_change: Tensor | None = None
-    rho: float | None = None
-
-
-@dataclass
-class Step:
-    """A step that is proposed; nothing has changed yet.
-
-    Args:
-        params: what moves.
-        deltas: `δ`, by parameter.
-        memory: what to remember of the step, by parameter.
-        finite: whether there is neither a NaN nor an Inf in it; 0-dim.
-        lr: see `StepRecord`.
-        momentum: see `StepRecord`.
-        predicted_change: see `StepRecord`.
-    """
-
-    params: list[Tensor]
-    deltas: list[Tensor]
-    memory: list[dict[str, Any]]
-    finite: Tensor
-    lr: Tensor | float
-    momentum: Tensor | float
-    predicted_change: Tensor | None = None
-
-    def prediction(self) -> Tensor:
-        """Return the predicted change, which was asked for."""
-        assert self.predicted_change is not None
-        return self.predicted_change
+from .steps import Step
+from .trials import Trial
 
 
 class UpdateRule:
@@ -97,9 +46,9 @@ class UpdateRule:
         model: the root module.
         estimator: of the Fisher.
         names: of the parameters.
-        momentum_type: one of `MOMENTUM_TYPES`.
-        damping: as `KFAC` was given it.
-        stride: one in how many examples the quadratic model is of.
+        momentum_type: one of `MOMENTUM_TYPES`, or a `QModel`.
+        damping: as `KFAC` was given it, or what stands for None.
+        trust_region: if any; its fraction is a param group option.
 
     Raises:
         NotImplementedError: λ adapts, and an approximation has no product with `F̂`.
@@ -111,20 +60,22 @@ class UpdateRule:
         model: nn.Module,
         estimator: FisherEstimator,
         names: Mapping[Tensor, str],
-        momentum_type: str,
+        momentum_type: str | QModel,
         damping: Damping,
-        stride: int = 1,
+        trust_region: TrustRegion | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._model = model
         self._estimator = estimator
         self._names = names
-        self._momentum_type = momentum_type
-        self._stride = stride  # of the examples that the quadratic model is of
+        self._qmodel = momentum_type if isinstance(momentum_type, QModel) else None
+        self._momentum_type = self._qmodel.name if self._qmodel else momentum_type
+        self._unit_of_region = trust_region and trust_region.unit
         self.num_steps = 0
-        self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
+        rule = damping.damping if isinstance(damping, RelativeDamping) else damping
+        self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
         self._undamped = False
-        estimator.capture.keep_forwards = self.modelled
+        estimator.capture.keep_forwards = self.modelled or self.rule is not None
         if self.rule and not self.modelled:
             self._ask_for_products()
 
@@ -141,7 +92,14 @@ class UpdateRule:
     @property
     def modelled(self) -> bool:
         """Whether the quadratic model makes the step."""
-        return self._momentum_type.startswith("qmodel")
+        return self._qmodel is not None
+
+    def mean_curvature(self) -> float:
+        """Return `tr F/dim F` of all blocks that have statistics; reads the host."""
+        blocks = [b for b in self._estimator.blocks.values() if b.has_statistics]
+        device = blocks[0].params[0].device
+        total = torch.stack([block.trace().to(device) for block in blocks]).sum()
+        return total.item() / sum(p.numel() for block in blocks for p in block.params)
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -180,7 +138,11 @@ class UpdateRule:
         ]
 
     def propose(
-        self, params: list[Tensor], grads: list[Tensor], with_prediction: bool
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        with_prediction: bool,
+        trial: Trial,
     ) -> Step:
         """Return the step from here; changes nothing."""
         blocks = self._ready_blocks(params)
@@ -190,7 +152,7 @@ class UpdateRule:
             return self._propose_plain(params, grads)
         mine = _select(inside, params, grads)
         if self.modelled:
-            step = self._propose_modelled(blocks, *mine)
+            step = self._propose_modelled(blocks, trial, *mine)
         else:
             step = self._propose_fixed(blocks, *mine)
             if with_prediction:
@@ -264,10 +226,15 @@ class UpdateRule:
         return Step(params, deltas, memory, finite, lr, momentum)
 
     def _propose_modelled(
-        self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
+        self,
+        blocks: list[FisherBlock],
+        trial: Trial,
+        params: list[Tensor],
+        grads: list[Tensor],
     ) -> Step:
         """Step size, and maybe momentum, from the exact quadratic model."""
         group, total = self._group, self.total_damping()
+        assert self._qmodel is not None
         direction = self._precondition(blocks, params, grads)
         if group["weight_decay"]:
             torch._foreach_add_(direction, params, alpha=group["weight_decay"])
@@ -278,14 +245,8 @@ class UpdateRule:
         ):
             directions.append(self._remembered(params, "previous_update"))
         model = self._quadratic_model(params, grads, directions)
-        weights = model.minimize(total, fixed)
-        scale = torch.ones_like(weights[0])
-        if group["lr"] is not None:
-            scale = scale * group["lr"]
-        if group["norm_constraint"] is not None:
-            norm = model.squared_norm(scale * weights, total)
-            scale = scale * (group["norm_constraint"] / norm).sqrt().clamp(max=1.0)
-        weights = scale * weights
+        weights = model.minimize(total, fixed, self._qmodel.max_momentum)
+        weights = self._limited(model, weights, total, trial)
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
@@ -299,6 +260,32 @@ class UpdateRule:
             model.change(weights, self._included()),
         )
 
+    def _limited(
+        self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
+    ) -> Tensor:
+        """Scale the step as a whole: by `lr`, to the norm limit, into the trust region."""
+        group = self._group
+        if group["lr"] is not None:
+            weights = weights * group["lr"]
+        limits = [(group["norm_constraint"], total)]
+        if group["trust_region"] is not None:
+            limits.append((self._region(trial, weights), 0.0))
+        for limit, damping in limits:
+            if limit is not None:
+                norm = model.squared_norm(weights, damping)
+                weights = weights * (limit / norm).sqrt().clamp(max=1.0)
+        return weights
+
+    def _region(self, trial: Trial, like: Tensor) -> Tensor | None:
+        """`fraction · L`; where nothing tells `L`, no limit."""
+        unit = self._unit_of_region
+        unit = trial.batch.size() if unit is None else unit
+        unit = trial.loss if unit is None else unit
+        if unit is None:
+            return None
+        size = torch.as_tensor(unit).to(like).abs().nan_to_num(torch.inf)
+        return self._group["trust_region"] * size
+
     def _quadratic_model(
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
     ) -> QuadraticModel:
@@ -309,11 +296,18 @@ class UpdateRule:
 
         def forwards() -> Iterable[Callable[..., Any]]:
             for call in calls:
-                set_random_state(call.random_state, device)
                 args, kwargs = every_kth(
-                    call.args, call.kwargs, self._stride, self.num_steps
+                    call.args, call.kwargs, self._stride(call), self.num_steps
                 )
-                yield rerun(uncompiled(self._model), args, kwargs)
+                run = rerun(uncompiled(self._model), args, kwargs)
+
+                def forward(
+                    params: Mapping[str, Tensor], call: RootCall = call, run: Any = run
+                ) -> Any:
+                    set_random_state(call.random_state, device)
+                    return run(params)
+
+                yield forward
 
         try:
             curvature = fisher_products(
@@ -321,7 +315,7 @@ class UpdateRule:
                 self._losses,
                 dict(zip(names, params, strict=True)),
                 [dict(zip(names, parts, strict=True)) for parts in directions],
-                [[self._thinned(pair) for pair in call.weights] for call in calls],
+                [[self._thinned(call, pair) for pair in call.weights] for call in calls],
             )
         finally:
             if now is not None:
@@ -329,11 +323,15 @@ class UpdateRule:
         gram = products([*directions, grads])
         return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
 
-    def _thinned(self, weights: TermWeights) -> TermWeights:
+    def _stride(self, call: RootCall) -> int:
+        assert self._qmodel is not None
+        return self._qmodel.stride(call.num_terms)
+
+    def _thinned(self, call: RootCall, weights: TermWeights) -> TermWeights:
         """The weights of the examples that the quadratic model is of."""
         if weights is None:
             return None
-        ((some,), _) = every_kth((weights[0],), {}, self._stride, self.num_steps)
+        ((some,), _) = every_kth((weights[0],), {}, self._stride(call), self.num_steps)
         return some, weights[1] * some.sum() / weights[0].sum()
 
     def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:

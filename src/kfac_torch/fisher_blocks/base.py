@@ -274,6 +274,10 @@ class FisherBlock(abc.ABC):
         """Return the undamped block, dense, over the row-major entries of `V`."""
 
     @abc.abstractmethod
+    def trace(self) -> Tensor:
+        """Return the trace of the undamped block, 0-dim."""
+
+    @abc.abstractmethod
     def params_to_vector(self, tensors: Sequence[Tensor]) -> Tensor:
         """Bring tensors like `params` to the form `V`."""
 
@@ -376,6 +380,10 @@ class SingleFactorFB(FisherBlock):
     def full_fisher_block(self) -> Tensor:
         """Return `T · C`, undamped, over the row-major entries of `V`."""
         return self.num_locations * self._factor().get_cov()
+
+    def trace(self) -> Tensor:
+        """Return `T tr C`."""
+        return self.num_locations * self._factor().cov_trace().sum()
 
 
 def no_data(name: str) -> Callable[[], Tensor]:
