@@ -7,7 +7,7 @@ overflows under a `GradScaler`, exceptions in forward, backward and closure. Aft
 one it is checked that each parameter, velocity, factor and inverse is finite, and, where
 the step had to be left out, that all but the inverses (a refresh may have been due) are
 what they were, bit for bit. The end loss is compared with that of a run of the same good
-batches alone.
+batches, and as many steps, alone.
 
     python benchmarks/faults.py [--faults 1000] [--seeds 3]
 """
@@ -153,7 +153,7 @@ class Run:
         """One faulty step, and all checks; the next good step starts with zero_grad."""
         self.optimizer.zero_grad()
         bad = self.random.choice([torch.nan, torch.inf, -torch.inf])
-        if kind in ("factor", "factorisation"):
+        if kind in STEPS:
             getattr(self, kind)(kind)
             return
         self.optimizer.estimator.collecting = self.random.random() < 0.8
@@ -272,6 +272,9 @@ class Run:
         factor.load_state_dict({**saved, "health": state["health"]})
         self.check()
 
+    def no_fault(self, kind: str) -> None:
+        self.good_step()
+
     def factorisation(self, kind: str) -> None:
         cholesky, eigh, draw = torch.linalg.cholesky_ex, torch.linalg.eigh, self.random
         worst = draw.choice(["float32 raises", "reports", "all raise"])
@@ -306,6 +309,7 @@ class Run:
 
 
 SKIPS = ("inputs", "targets", "micro_batch", "gradients", "activations")
+STEPS = ("factor", "factorisation", "no_fault")  # these take a step
 KINDS = (
     *SKIPS,
     "amp_overflow",
@@ -358,11 +362,14 @@ def main() -> None:
         for mode, options in MODES.items():
             with_faults, without = [], []
             for seed in range(args.seeds):
-                run = train(task, options, seed, shares.pop())
+                share = shares.pop()
+                run = train(task, options, seed, share)
                 left_out.update(run.left_out)
                 raised.update(run.raised)
                 with_faults.append(run.end_loss())
-                without.append(train(task, options, seed, []).end_loss())
+                # As many steps as those that faults do not stop.
+                same = ["no_fault" for kind in share if kind in STEPS]
+                without.append(train(task, options, seed, same).end_loss())
                 for factor in run.factors():
                     health.update(
                         {

@@ -120,7 +120,7 @@ def indefinite(least):
 )
 def test_jitter_is_the_smallest_that_holds(least, multiple):
     assert multiple in JITTERS
-    V, C = indefinite(least)
+    _, C = indefinite(least)
     jitter = multiple * C.diagonal().mean()
     cholesky = DampedCholesky(torch.stack([torch.eye(4), C]), 1e-12)
     rescue = cholesky.rescues[1]
@@ -164,7 +164,7 @@ def test_an_inverse_beyond_float32_is_no_inverse():
 
 def test_without_a_damping_there_is_no_rescue_but_float64():
     for least in (-1e-9, -0.1, 0.0):
-        with pytest.raises(torch.linalg.LinAlgError, match="singular.*condition"):
+        with pytest.raises(torch.linalg.LinAlgError, match=r"singular.*condition"):
             DampedCholesky(indefinite(least)[1], 0.0)
 
 
