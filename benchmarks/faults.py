@@ -263,7 +263,7 @@ class Run:
         factor = self.random.choice(self.factors())
         saved = factor.state_dict()
         self._bad_entry(factor.get_cov_var(), torch.nan)
-        self.optimizer._inverses_due = True
+        self.optimizer._schedule.inverses_due = True
         self.backward(*self.batch())
         self.optimizer.step()
         state = factor.state_dict()
@@ -293,7 +293,7 @@ class Run:
             return eigh(C)
 
         before = [p.detach().clone() for p in self.model.parameters()]
-        self.optimizer._inverses_due = True
+        self.optimizer._schedule.inverses_due = True
         self.backward(*self.batch())
         with (
             mock.patch("torch.linalg.cholesky_ex", no_cholesky),

@@ -21,6 +21,7 @@ from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
 from .options import QModel as QModel, TrustRegion as TrustRegion
+from .preconditioner import KFACPreconditioner as KFACPreconditioner
 from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
@@ -29,6 +30,7 @@ __all__ = (
     "FactorHealth",
     "FisherEstimator",
     "Health",
+    "KFACPreconditioner",
     "LayerCollection",
     "Layers",
     "LevenbergMarquardt",

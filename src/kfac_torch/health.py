@@ -17,6 +17,11 @@ from typing import Any, Protocol
 
 from .linalg import Rescue
 
+_LEFT_OUT = (
+    "KFAC.step(): NaN, Inf or overflow in {}; the step is left out: parameters, velocities "
+    "and factors keep their last good values (counted in skipped_steps and health())"
+)
+
 
 @dataclass
 class FactorHealth:
@@ -148,16 +153,16 @@ class HealthLedger:
             {name: replace(c) for name, c in factors.items() if not c.is_clean},
         )
 
-    def skip_step(self, where: Sequence[str], stacklevel: int = 2) -> None:
+    def skip_step(
+        self, where: Sequence[str], stacklevel: int = 2, words: str = _LEFT_OUT
+    ) -> None:
         """Count a step that is left out for a NaN or an Inf in these places."""
         gradient = list(where) == ["the gradient"]
         self.bad_gradients += gradient
         self.bad_statistics += not gradient
         self._event(
             "bad gradient" if gradient else "bad statistics",
-            f"KFAC.step(): NaN, Inf or overflow in {', '.join(where)}; the step is left "
-            "out: parameters, velocities and factors keep their last good values (counted "
-            "in skipped_steps and health())",
+            words.format(", ".join(where)),
             stacklevel + 1,
         )
 

@@ -154,8 +154,8 @@ class BatchMoments:
                 grad_covs = [cov * (rows / reached) for cov in grad_covs]
                 rows = reached
             covs = [*block.input_moments(inputs), *grad_covs]
-            uses = block.num_uses(inputs)
-            result[name] = [Moment(cov, rows, self._num_terms, uses) for cov in covs]
+            about = self._num_terms, block.num_uses(inputs), block.basis_version
+            result[name] = [Moment(cov, rows, *about) for cov in covs]
         return result
 
     def _num_rows(self, block: FisherBlock, used: set[int] | tuple[int, ...]) -> float:

@@ -496,7 +496,7 @@ class InverseProvidingFactor(FisherFactor):
 DenseSquareMatrixFactor = InverseProvidingFactor  # its name after r1.8
 
 
-Failures: TypeAlias = dict[InverseProvidingFactor, torch.linalg.LinAlgError]
+Failures: TypeAlias = dict[FisherFactor, torch.linalg.LinAlgError]
 """Factors that no rung of the ladder factorises, and why."""
 
 _FROM_CHOLESKY = MappingProxyType(

@@ -27,7 +27,7 @@ from .inverse_providing import (
 def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Failures:
     """Refresh all that the factors store; same-size factorisations in one batch.
 
-    Factors that store nothing (diagonal ones) are passed over.
+    Factors that store nothing (diagonal ones) have nothing to compute.
 
     Args:
         factors: any, several times too.
@@ -45,32 +45,55 @@ def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Fail
     new: list[Computed] = []
     failed: Failures = {}
     batches = defaultdict(list)
-    known = [f for f in dict.fromkeys(factors) if isinstance(f, InverseProvidingFactor)]
+    known = list(dict.fromkeys(factors))
     for factor in known:
-        factor._rescues = []
-        eigen = factor.uses_eigendecomp()
         try:
-            if eigen:
-                new += factor._powers_by_eigendecomp()
-            new += factor._compute_others()
+            new += _of_one(factor)
         except torch.linalg.LinAlgError as error:
             failed[factor] = error
             continue
-        for wanted in factor._by_cholesky(eigen).values():
-            functions = frozenset(stored.function for stored in wanted)
-            key = (factor._matrix_shape, factor._dtype, factor._device, functions)
-            batches[key].append((factor, wanted))
+        if isinstance(factor, InverseProvidingFactor):
+            for wanted in factor._by_cholesky(factor.uses_eigendecomp()).values():
+                functions = frozenset(stored.function for stored in wanted)
+                key = (factor._matrix_shape, factor._dtype, factor._device, functions)
+                batches[key].append((factor, wanted))
     for batch in batches.values():
         new += factorise(batch, failed)
     _check_kept(failed, max_kept)
-    old = {id(stored) for factor in failed for stored in factor._powers.values()}
+    old = {
+        id(stored)
+        for factor in failed
+        if isinstance(factor, InverseProvidingFactor)
+        for stored in factor._powers.values()
+    }
     store([pair for pair in new if id(pair[0]) not in old])
     for factor in known:
         if factor in failed:
             factor.health.keep()
         else:
-            factor.health.refreshed(factor._rescues)
+            found = isinstance(factor, InverseProvidingFactor)
+            factor.health.refreshed(factor._rescues if found else ())
     return failed
+
+
+def _of_one(factor: FisherFactor) -> list[Computed]:
+    """What is computed of a factor alone.
+
+    Raises:
+        torch.linalg.LinAlgError: no rung of the ladder holds.
+    """
+    if isinstance(factor, InverseProvidingFactor):
+        factor._rescues = []
+        eigen = factor.uses_eigendecomp()
+        powers = factor._powers_by_eigendecomp() if eigen else []
+        return powers + factor._compute_others()
+    found = factor.compute_stored()
+    flags = [tensor.isfinite().all() for _, tensors in found for tensor in tensors]
+    if flags and not torch.stack(flags).all():
+        raise NotFiniteError(
+            f"matrix {factor.name}, or one that it is made of, has NaN or Inf entries"
+        )
+    return found
 
 
 def _check_kept(failed: Failures, max_kept: int) -> None:
