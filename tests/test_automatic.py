@@ -427,7 +427,7 @@ def test_the_second_evaluation_leaves_no_trace():
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
         b.param_groups[0]["damping"] = a.param_groups[0]["damping"]
-        b._inverses_due = a._inverses_due
+        b._schedule.inverses_due = a._schedule.inverses_due
     assert a.last_step.rho is not None
 
 

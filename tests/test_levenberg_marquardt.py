@@ -196,7 +196,7 @@ def test_the_second_evaluation_leaves_no_trace(momentum_type):
     state = torch.get_rng_state()
     for _ in range(4):
         b.param_groups[0]["damping"] = a.param_groups[0]["damping"]
-        b._inverses_due = a._inverses_due
+        b._schedule.inverses_due = a._schedule.inverses_due
         torch.set_rng_state(state)
         a.step(first)
         after = torch.get_rng_state()

@@ -20,12 +20,14 @@ from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
 from .options import QModel as QModel, TrustRegion as TrustRegion
+from .preconditioner import KFACPreconditioner as KFACPreconditioner
 from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
     "KFAC",
     "CurvatureMatrixVectorProductComputer",
     "FisherEstimator",
+    "KFACPreconditioner",
     "LayerCollection",
     "Layers",
     "LevenbergMarquardt",

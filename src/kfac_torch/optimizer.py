@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from .capture import GradientProbe, uncompiled
-from .construction import complete, loss_taken_back, param_groups
+from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
-from .layer_choice import Layers
+from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
@@ -46,12 +46,12 @@ from .options import (
     group_options,
     resolve,
 )
+from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
 
 _STATE_VERSION = 3
-_EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 
 
@@ -196,12 +196,6 @@ class KFAC(torch.optim.Optimizer):
         self._names = names
         self._given_damping = self._damping = damping
         self._momentum_type = kind
-        self._cov_update_every = cov_update_every
-        self._invert_every = invert_every
-        self._num_burnin_steps = num_burnin_steps
-        self._num_steps = 0
-        self._num_burnt = 0
-        self._inverses_due = True
         self._calibrated = False
         self._told = False  # whether the change of the loss is known to be told
         self.damping_unit: float | None = None
@@ -209,6 +203,12 @@ class KFAC(torch.optim.Optimizer):
         region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
         with loss_taken_back(layers, loss):
             self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
+        self._schedule = Schedule(
+            self.estimator,
+            cov_update_every=cov_update_every,
+            invert_every=invert_every,
+            num_burnin_steps=num_burnin_steps,
+        )
 
     def _watch(
         self,
@@ -251,6 +251,49 @@ class KFAC(torch.optim.Optimizer):
         """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
 
+    def group(self, *which: Key, **options: Any) -> list[dict[str, Any]]:
+        """Move some parameters to a param group of their own.
+
+        Before a scheduler is constructed, which counts the groups; and before the state of
+        an optimizer with the same groups is loaded.
+
+        Args:
+            which: names or patterns of modules or parameters (`"*.bias"`), with all that
+                is inside them, module types, modules or parameters.
+            options: `lr`, `weight_decay`, `momentum`; of parameters without a block that
+                follow AdamW `betas` and `eps` too. The rest is as it was. With the
+                quadratic model there is one momentum, and the ratio of the `lr` of the
+                groups scales their parts of the direction, before the model sees it.
+
+        Returns:
+            The new groups: one for each group that parameters came from.
+
+        Raises:
+            ValueError: nothing is meant, or it is in no group; an unknown option, or a
+                value out of range. Nothing is changed then.
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = KFAC(model, loss="categorical", lr=0.1, weight_decay=0.01)
+        >>> [new] = optimizer.group("*.bias", weight_decay=0.0)
+        >>> len(new["params"]), [group["weight_decay"] for group in optimizer.param_groups]
+        (2, [0.01, 0.0])
+        """
+        model = uncompiled(self._model)
+        names = names_inside(model, "KFAC.group()", which)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        chosen: set[Tensor] = {p for name, p in params.items() if name in names}
+        left, new = regroup(self.param_groups, chosen, self._momentum_type, options)
+        if not new:
+            raise ValueError(
+                "KFAC.group(): expected parameters of this optimizer, got none: "
+                f"{', '.join(map(str, which)) or 'nothing'}"
+            )
+        for group, rest in zip(self.param_groups, left, strict=True):
+            group["params"] = rest
+        for group in new:
+            self.add_param_group(group)
+        return self.param_groups[-len(new) :]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.
 
@@ -291,27 +334,14 @@ class KFAC(torch.optim.Optimizer):
             if self._updates.modelled or adapts:
                 trial.batch = self.estimator.batch_loss()
                 self._check_told(trial)
-            if self.estimator.sums_gradients and self.estimator.num_terms:
-                trial.num_terms = self.estimator.num_terms
-                grads = list(torch._foreach_div(grads, trial.num_terms))
-            burning = self._num_burnt < self._num_burnin_steps
-            collected = self.estimator.collecting and self.estimator.has_statistics()
-            bad = self._update_statistics(collected, grads, burning)
-            moves = not burning and not bad
+            grads, trial.num_terms = self._schedule.of_mean_loss(grads)
+            bad = self._schedule.update_statistics(grads)
+            moves = not self._schedule.burning and not bad
             if moves:
                 bad = self._move(params, grads, trial)
             if bad:
                 self._skip(", ".join(bad))
-            if burning:
-                self._num_burnt += 1
-                return value
-            self._num_steps += 1
-            if collected and not bad:
-                self.estimator.collecting = False  # else it stays due
-            if self._num_steps % self._cov_update_every == 0:
-                self.estimator.collecting = True
-            if self._num_steps % self._invert_every == 0:
-                self._inverses_due = True
+            self._schedule.advance(not bad)
             if moves and params and not bad:
                 self._adapt(trial)  # last: the closure may fail
             return value
@@ -340,7 +370,7 @@ class KFAC(torch.optim.Optimizer):
     def _adapt(self, trial: Trial) -> None:
         """Adapt λ where due, by the loss at the parameters that the step has led to."""
         rule, record = self._updates.rule, self.last_step
-        if rule is None or record is None or self._num_steps % rule.interval:
+        if rule is None or record is None or self._schedule.num_steps % rule.interval:
             return
         if trial.step is None or not trial.can_judge:
             return
@@ -352,35 +382,7 @@ class KFAC(torch.optim.Optimizer):
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
             self.param_groups[0]["damping"] = damping
-            self._inverses_due = True
-
-    def _update_statistics(
-        self, collected: bool, grads: list[Tensor], burning: bool
-    ) -> list[str]:
-        """Update the factors where due; return where there is a NaN or an Inf."""
-        estimator = self.estimator
-        if not collected:
-            estimator.reset()
-            return []
-        norms = torch._foreach_norm(grads)
-        flags = [norm.isfinite().to(norms[0].device) for norm in norms]
-        finite = torch.stack(flags).all() if flags else None
-        return estimator.update_covariances(finite, decay=1.0 if burning else None)
-
-    def _check_statistics(self) -> None:
-        """Raise RuntimeError where there are none; see that they are where the model is."""
-        blocks = self.estimator.blocks.values()
-        if not any(block.has_statistics for block in blocks):
-            raise RuntimeError(
-                "KFAC.step(): there are no statistics yet. Expected a call of the model "
-                "given to KFAC (model(x), not model.forward(x)), in training mode and with "
-                "gradients enabled, and its backward, between constructing the optimizer "
-                "and the first step(). Where torch.compile(model) is called, give KFAC the "
-                "compiled module; a torch.utils.checkpoint hides its layers unless "
-                "use_reentrant=False"
-            )
-        for block in blocks:
-            block.follow_params()
+            self._schedule.inverses_due = True
 
     def _set_unit(self, unit: float | None) -> None:
         """Bring a relative damping to units of the Fisher, where they are known."""
@@ -392,14 +394,13 @@ class KFAC(torch.optim.Optimizer):
 
     def _update_inverses(self) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""
-        estimator = self.estimator
-        early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
+        due = self._schedule.refresh_due
         for attempt in range(_MAX_ADAPTATIONS):
-            if not (self._inverses_due or early):
+            if not due:
                 return
             try:
-                estimator.update_inverses()
-                self._inverses_due = early = False
+                self.estimator.update_inverses()
+                self._schedule.inverses_due = due = False
             except torch.linalg.LinAlgError:
                 if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
                     raise
@@ -408,14 +409,14 @@ class KFAC(torch.optim.Optimizer):
 
     def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
         """Move the parameters; return what is not finite, if anything: nothing moves."""
-        self._updates.num_steps = self._num_steps
-        self._check_statistics()
+        self._updates.num_steps = self._schedule.num_steps
+        self._schedule.check_statistics("KFAC")
         group = self.param_groups[0]
         if isinstance(self._damping, RelativeDamping):
-            self._set_unit(self._updates.mean_curvature())
-            group["damping"] = damping_at(self._damping, self._num_steps)
+            self._set_unit(mean_curvature(self.estimator.blocks.values()))
+            group["damping"] = damping_at(self._damping, self._schedule.num_steps)
         if callable(self._damping):
-            group["damping"] = damping_at(self._damping, self._num_steps)
+            group["damping"] = damping_at(self._damping, self._schedule.num_steps)
         rule = self._updates.rule
         if not params:
             self._update_inverses()
@@ -423,7 +424,7 @@ class KFAC(torch.optim.Optimizer):
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        due = rule is not None and (self._num_steps + 1) % rule.interval == 0
+        due = rule is not None and (self._schedule.num_steps + 1) % rule.interval == 0
         step = self._updates.propose(params, grads, due, trial)
         self._announce_others(params)
         if not step.finite:
@@ -433,7 +434,7 @@ class KFAC(torch.optim.Optimizer):
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
         self.last_step = StepRecord(
-            step=self._num_steps,
+            step=self._schedule.num_steps,
             lr=step.lr,
             momentum=step.momentum,
             damping=group["damping"],
@@ -480,19 +481,8 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: a sparse one.
         """
-        params, grads = [], []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"parameter {self._names.get(p, '?')}: expected a dense gradient, "
-                        f"got {p.grad.layout}; construct its layer with sparse=False"
-                    )
-                params.append(p)
-                grads.append(p.grad)
-        return params, grads
+        params = (p for group in self.param_groups for p in group["params"])
+        return dense_gradients(params, self._names)
 
     # Messages.
 
@@ -529,13 +519,13 @@ class KFAC(torch.optim.Optimizer):
         own = {
             "version": _STATE_VERSION,
             "momentum_type": self._momentum_type,
-            "num_steps": self._num_steps,
-            "num_burnt": self._num_burnt,
+            "num_steps": self._schedule.num_steps,
+            "num_burnt": self._schedule.num_burnt,
             "calibrated": self._calibrated,
             "skipped_steps": self.skipped_steps,
             "damping_unit": self.damping_unit,
             "collecting": self.estimator.collecting,
-            "inverses_due": self._inverses_due,
+            "inverses_due": self._schedule.inverses_due,
             "estimator": self.estimator.state_dict(),
         }
         return {**super().state_dict(), "kfac": own}
@@ -560,13 +550,12 @@ class KFAC(torch.optim.Optimizer):
             )
         self.estimator.check_state_dict(own["estimator"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
-        device = self.param_groups[0]["params"][0].device
-        self.estimator.load_state_dict(own["estimator"], device)
-        self._num_steps = own["num_steps"]
-        self._num_burnt = own["num_burnt"]
+        self.estimator.load_state_dict(own["estimator"])
+        self._schedule.num_steps = own["num_steps"]
+        self._schedule.num_burnt = own["num_burnt"]
         self._calibrated = own["calibrated"]
         if isinstance(self._given_damping, RelativeDamping):
             self._set_unit(own["damping_unit"])
         self.skipped_steps = own["skipped_steps"]
         self.estimator.collecting = own["collecting"]
-        self._inverses_due = own["inverses_due"]
+        self._schedule.inverses_due = own["inverses_due"]

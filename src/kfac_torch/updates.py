@@ -10,7 +10,6 @@ take a step, and whether (the optimizer's business).
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
 from .options import Damping, QModel, TrustRegion
 from .plain_updates import plain_options, propose_plain
+from .preconditioning import limit_norm, precondition, ready_blocks
 from .quadratic_model import (
     QuadraticModel,
     TermWeights,
@@ -94,13 +94,6 @@ class UpdateRule:
         """Whether the quadratic model makes the step."""
         return self._qmodel is not None
 
-    def mean_curvature(self) -> float:
-        """Return `tr F/dim F` of all blocks that have statistics; reads the host."""
-        blocks = [b for b in self._estimator.blocks.values() if b.has_statistics]
-        device = blocks[0].params[0].device
-        total = torch.stack([block.trace().to(device) for block in blocks]).sum()
-        return total.item() / sum(p.numel() for block in blocks for p in block.params)
-
     @property
     def _group(self) -> dict[str, Any]:
         return self._optimizer.param_groups[0]
@@ -129,13 +122,7 @@ class UpdateRule:
         return {p: group for group in groups for p in group["params"]}
 
     def _ready_blocks(self, params: list[Tensor]) -> list[FisherBlock]:
-        """The blocks that have statistics, and a gradient for every parameter."""
-        present = set(params)
-        return [
-            block
-            for block in self._estimator.blocks.values()
-            if block.has_statistics and present.issuperset(block.params)
-        ]
+        return ready_blocks(self._estimator.blocks.values(), params)
 
     def propose(
         self,
@@ -205,25 +192,40 @@ class UpdateRule:
         self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
     ) -> Step:
         """`η` and `μ` are given: `"regular"` and `"adam"`."""
-        group = self._group
-        lr, momentum = group["lr"], group["momentum"]
+        lrs, momenta = self._options(params, "lr"), self._options(params, "momentum")
+        limit = self._group["norm_constraint"]
         velocities = self._remembered(params, "momentum_buffer")
         if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, grads)
-            updates = self._precondition(blocks, params, velocities)
-            finite = self._limit(updates, velocities, lr)
+            updates = precondition(blocks, params, velocities)
+            finite, _ = limit_norm(updates, velocities, lrs, limit)
         else:
-            directions = self._precondition(blocks, params, grads)
-            finite = self._limit(directions, grads, lr)
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            directions = precondition(blocks, params, grads)
+            finite, _ = limit_norm(directions, grads, lrs, limit)
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, directions)
             updates = velocities
-        deltas = list(torch._foreach_mul(updates, -lr))
-        if group["weight_decay"]:
-            torch._foreach_add_(deltas, params, alpha=-lr * group["weight_decay"])
+        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
+        self._add_decay(deltas, params, [-lr for lr in lrs])
         memory = [{"momentum_buffer": velocity} for velocity in velocities]
-        return Step(params, deltas, memory, finite, lr, momentum)
+        return Step(
+            params, deltas, memory, finite, self._group["lr"], self._group["momentum"]
+        )
+
+    def _options(self, params: list[Tensor], name: str) -> list[Any]:
+        """An option of every parameter's own group."""
+        groups = self._groups()
+        return [groups[p][name] for p in params]
+
+    def _add_decay(
+        self, tensors: list[Tensor], params: list[Tensor], factors: list[float]
+    ) -> None:
+        """Add `factor · decay · θ`, in place."""
+        decays = self._options(params, "weight_decay")
+        if any(decays):
+            weights = [f * decay for f, decay in zip(factors, decays, strict=True)]
+            torch._foreach_add_(tensors, torch._foreach_mul(params, weights))
 
     def _propose_modelled(
         self,
@@ -235,18 +237,26 @@ class UpdateRule:
         """Step size, and maybe momentum, from the exact quadratic model."""
         group, total = self._group, self.total_damping()
         assert self._qmodel is not None
-        direction = self._precondition(blocks, params, grads)
-        if group["weight_decay"]:
-            torch._foreach_add_(direction, params, alpha=group["weight_decay"])
+        direction = precondition(blocks, params, grads)
+        self._add_decay(direction, params, [1.0] * len(params))
+        lr, shares = self._shares(params)
+        if min(shares) < 1:
+            torch._foreach_mul_(direction, shares)
         directions = [direction]
         fixed = None if self._momentum_type == "qmodel" else group["momentum"]
         if fixed != 0 and any(
             "previous_update" in self._optimizer.state[p] for p in params
         ):
-            directions.append(self._remembered(params, "previous_update"))
+            previous = self._remembered(params, "previous_update")
+            if min(shares) <= 0:
+                moves = [float(share > 0) for share in shares]
+                previous = list(torch._foreach_mul(previous, moves))
+            directions.append(previous)
         model = self._quadratic_model(params, grads, directions)
         weights = model.minimize(total, fixed, self._qmodel.max_momentum)
-        weights = self._limited(model, weights, total, trial)
+        weights = self._limited(
+            model, weights if lr is None else lr * weights, total, trial
+        )
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
@@ -260,13 +270,20 @@ class UpdateRule:
             model.change(weights, self._included()),
         )
 
+    def _shares(self, params: list[Tensor]) -> tuple[float | None, list[float]]:
+        """The largest `lr` of all groups, and that of every parameter as a part of it."""
+        lrs = self._options(params, "lr")
+        if all(lr is None for lr in lrs):
+            return None, [1.0] * len(lrs)
+        known = [1.0 if lr is None else lr for lr in lrs]
+        largest = max(known)
+        return largest, [lr / largest if largest else 1.0 for lr in known]
+
     def _limited(
         self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
     ) -> Tensor:
-        """Scale the step as a whole: by `lr`, to the norm limit, into the trust region."""
+        """Scale the step as a whole: to the norm limit, into the trust region."""
         group = self._group
-        if group["lr"] is not None:
-            weights = weights * group["lr"]
         limits = [(group["norm_constraint"], total)]
         if group["trust_region"] is not None:
             limits.append((self._region(trial, weights), 0.0))
@@ -290,7 +307,9 @@ class UpdateRule:
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
-        calls = self._estimator.capture.forwards
+        known = self._estimator.capture.forwards
+        # Forwards that no backward has reached are no part of the batch.
+        calls = [call for call in known if call.arrived] or known
         device = params[0].device
         now = random_state(device) if calls else None
 
@@ -366,32 +385,6 @@ class UpdateRule:
             else torch.zeros_like(p)
             for p in params
         ]
-
-    def _precondition(
-        self,
-        blocks: list[FisherBlock],
-        params: list[Tensor],
-        tensors: list[Tensor],
-    ) -> list[Tensor]:
-        """`F̂⁻¹` on the parameters with a block; the others as they are."""
-        result = dict(zip(params, tensors, strict=True))
-        for block in blocks:
-            parts = [result[p] for p in block.params]
-            result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
-        return [result[p].to(p.dtype) for p in params]
-
-    def _limit(self, directions: list[Tensor], grads: list[Tensor], lr: float) -> Tensor:
-        """Scale `p` by `κ` in place; return whether it is finite, 0-dim."""
-        dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
-        dtype = torch.promote_types(dtype, torch.float32)
-        pairs = zip(directions, grads, strict=True)
-        dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
-        total = torch.stack([dot.to(dots[0].device) for dot in dots]).sum()
-        constraint = self._group["norm_constraint"]
-        if constraint is not None and lr:
-            norm = (lr**2 * total).clamp(min=0)
-            torch._foreach_mul_(directions, (constraint / norm).sqrt().clamp(max=1.0))
-        return total.isfinite()
 
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
