@@ -163,6 +163,24 @@ def test_a_power_of_a_corrupted_factor_is_kept_too():
     estimator.close()
 
 
+def test_a_corrupted_factor_of_ekfac_keeps_its_basis():
+    model, data = net(), batch()
+    optimizer = make(model, invert_every=1, approx="ekfac")
+    step(model, optimizer, *data)
+    A, _, scales = optimizer.estimator.blocks["0"].factors
+    step(model, optimizer, *data)
+    old = [q.clone() for q in scales.basis]
+    A.get_cov_var()[0, 3] = math.nan
+    step(model, optimizer, *data)
+    assert all(map(torch.equal, old, scales.basis))
+    assert optimizer.health().factors[scales.name].kept == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+    optimizer.estimator.max_kept_inverses = 1
+    with pytest.raises(torch.linalg.LinAlgError, match=r"matrix 0\..* has NaN or Inf"):
+        step(model, optimizer, *data)
+    optimizer.close()
+
+
 # State, and steps that never came.
 
 

@@ -263,7 +263,7 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
         name: for the error.
 
     Returns:
-        `e [..., n]` and `V [..., n, n]`, with the eigenvectors as columns; `e` is NaN
+        `e [..., n]` and `V [..., n, n]`, with the eigenvectors as columns; both are NaN
         where `C` has a NaN or an Inf, even if that is in the triangle that is not read.
 
     Raises:
@@ -283,7 +283,9 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
         for member, e_i, V_i in flat:
             _eigh_alone(member, name, e_i, V_i)
     # Only the lower triangle was read.
-    return torch.where(_all_finite(C).unsqueeze(-1), e.clamp(min=floor), torch.nan), V
+    fine = _all_finite(C)[..., None, None]
+    e = torch.where(fine.squeeze(-1), e.clamp(min=floor), torch.nan)
+    return e, torch.where(fine, V, torch.nan)
 
 
 def _all_finite(C: Tensor) -> Tensor:
