@@ -11,6 +11,7 @@ take a step, and whether (the optimizer's business).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,6 +75,7 @@ class UpdateRule:
         self.num_steps = 0
         rule = damping.damping if isinstance(damping, RelativeDamping) else damping
         self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
+        self._first_rule = self.rule
         self._undamped = False
         estimator.capture.keep_forwards = self.modelled or self.rule is not None
         if self.rule and not self.modelled:
@@ -88,6 +90,19 @@ class UpdateRule:
                 f"products with the factors: {error}. Expected an approximation that has "
                 'them; use another, or momentum_type="qmodel", which predicts without'
             ) from error
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was chosen at construction and stays."""
+        return {
+            "momentum_type": self._momentum_type,
+            "quadratic_model": self._qmodel,
+            "unit of the trust region": self._unit_of_region,
+        }
+
+    def restore_rule(self, adapts: bool) -> None:
+        """Let λ adapt as at the start, or not at all, where nothing told the loss."""
+        self.rule = self._first_rule if adapts else None
 
     @property
     def modelled(self) -> bool:
@@ -170,7 +185,7 @@ class UpdateRule:
             params,
             step.deltas,
             step.memory,
-            change.isfinite(),
+            change.isfinite() & _finite_memory(step.memory).to(change.device),
             group["lr"],
             group["momentum"],
             change,
@@ -389,6 +404,13 @@ class UpdateRule:
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
     return [list(itertools.compress(tensors, which)) for tensors in lists]
+
+
+def _finite_memory(memory: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Whether what is to be remembered is finite: the square of a gradient may not be."""
+    tensors = [v for each in memory for v in each.values() if isinstance(v, Tensor)]
+    largest = torch._foreach_norm(tensors, math.inf)
+    return torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all()
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
