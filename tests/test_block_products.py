@@ -397,7 +397,9 @@ def corrected(block):
     """`Q diag(S) Qᵀ` of each group, in the basis of the current factors."""
     A, G, S = (factor.get_cov_var() for factor in block.factors)
     products = []
-    for *sides, scales in zip(*(x if x.dim() == 3 else [x] for x in (A, G, S)), strict=True):
+    for *sides, scales in zip(
+        *(x if x.dim() == 3 else [x] for x in (A, G, S)), strict=True
+    ):
         Q = torch.kron(*(torch.linalg.eigh(side)[1] for side in sides))
         products.append(Q @ scales.flatten().diag() @ Q.T)
     return torch.block_diag(*products)

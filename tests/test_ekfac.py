@@ -9,8 +9,7 @@ import torch
 from dense_fisher import dense_fisher
 from torch import nn
 
-from kfac_torch import KFAC
-from kfac_torch import fisher_blocks as fb
+from kfac_torch import KFAC, fisher_blocks as fb
 from kfac_torch.curvature_check import check_curvature
 from kfac_torch.estimator import FisherEstimator
 from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import GradientProbe, uncompiled
+from .capture import uncompiled
 from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
@@ -47,6 +47,7 @@ from .options import (
     resolve,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
+from .recording import Recorder
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
@@ -239,9 +240,19 @@ class KFAC(torch.optim.Optimizer):
         except NotImplementedError:
             self.estimator.release()
             raise
+        self._recorder = Recorder(self.estimator)
         if self._updates.modelled or self._updates.rule:
-            params = [p for block in layers.blocks.values() for p in block.params]
-            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
+            self._recorder.watch_scale()
+
+    def attach(self, writer: Callable[[StepRecord], Any], every: int = 1) -> None:
+        """Call `writer` with the `StepRecord` of every so many steps; see `telemetry`.
+
+        Such a record has the loss, where the gradient tells it, and π of every layer.
+
+        Raises:
+            ValueError: `every` is not a positive integer.
+        """
+        self._recorder.attach(writer, every)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -325,25 +336,32 @@ class KFAC(torch.optim.Optimizer):
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
                 inverses are unchanged. A λ that adapts is raised instead.
         """
+        clock = self.estimator.capture.clock
         try:
-            adapts = self._updates.rule is not None
-            trial = Trial(self._model, self.estimator, closure, adapts)
-            value = trial.first()
-            params, grads = self._gradients()
-            self.estimator.check_loss(value)
-            if self._updates.modelled or adapts:
-                trial.batch = self.estimator.batch_loss()
-                self._check_told(trial)
-            grads, trial.num_terms = self._schedule.of_mean_loss(grads)
-            bad = self._schedule.update_statistics(grads)
-            moves = not self._schedule.burning and not bad
-            if moves:
-                bad = self._move(params, grads, trial)
-            if bad:
-                self._skip(", ".join(bad))
-            self._schedule.advance(not bad)
-            if moves and params and not bad:
-                self._adapt(trial)  # last: the closure may fail
+            with clock.phase("step"):
+                adapts = self._updates.rule is not None
+                trial = Trial(self._model, self.estimator, closure, adapts)
+                with clock.phase("closure"):
+                    value = trial.first()
+                params, grads = self._gradients()
+                self.estimator.check_loss(value)
+                written = self._recorder.is_due(self._schedule.num_steps)
+                if self._updates.modelled or adapts or written:
+                    trial.batch = self.estimator.batch_loss()
+                    self._check_told(trial)
+                grads, trial.num_terms = self._schedule.of_mean_loss(grads)
+                bad = self._schedule.update_statistics(grads)
+                moves = not self._schedule.burning and not bad
+                if moves:
+                    bad = self._move(params, grads, trial)
+                if bad:
+                    self._skip(", ".join(bad))
+                self._schedule.advance(not bad)
+                moved = bool(moves and params and not bad)
+                if moved:
+                    self._adapt(trial)  # last: the closure may fail
+            if moved and self.last_step is not None:
+                self.last_step = self._recorder.finish(self.last_step)
             return value
         finally:
             self.estimator.capture.forwards.clear()
@@ -399,8 +417,8 @@ class KFAC(torch.optim.Optimizer):
             if not due:
                 return
             try:
-                self.estimator.update_inverses()
-                self._schedule.inverses_due = due = False
+                self._schedule.refresh()
+                due = False
             except torch.linalg.LinAlgError:
                 if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
                     raise
@@ -440,6 +458,11 @@ class KFAC(torch.optim.Optimizer):
             damping=group["damping"],
             loss=trial.loss,
             predicted_change=step.predicted_change,
+            norm_scale=step.norm_scale,
+            region_scale=step.region_scale,
+            step_norm=step.norm(),
+            skipped_steps=self.skipped_steps,
+            **self._schedule.ages(),
         )
         return []
 
@@ -519,13 +542,10 @@ class KFAC(torch.optim.Optimizer):
         own = {
             "version": _STATE_VERSION,
             "momentum_type": self._momentum_type,
-            "num_steps": self._schedule.num_steps,
-            "num_burnt": self._schedule.num_burnt,
             "calibrated": self._calibrated,
             "skipped_steps": self.skipped_steps,
             "damping_unit": self.damping_unit,
-            "collecting": self.estimator.collecting,
-            "inverses_due": self._schedule.inverses_due,
+            **self._schedule.state_dict(),
             "estimator": self.estimator.state_dict(),
         }
         return {**super().state_dict(), "kfac": own}
@@ -551,11 +571,8 @@ class KFAC(torch.optim.Optimizer):
         self.estimator.check_state_dict(own["estimator"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
         self.estimator.load_state_dict(own["estimator"])
-        self._schedule.num_steps = own["num_steps"]
-        self._schedule.num_burnt = own["num_burnt"]
         self._calibrated = own["calibrated"]
         if isinstance(self._given_damping, RelativeDamping):
             self._set_unit(own["damping_unit"])
         self.skipped_steps = own["skipped_steps"]
-        self.estimator.collecting = own["collecting"]
-        self._schedule.inverses_due = own["inverses_due"]
+        self._schedule.load_state_dict(own)

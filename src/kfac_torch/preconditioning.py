@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
+_STATE = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 
 
 class Schedule:
@@ -37,6 +39,8 @@ class Schedule:
         num_steps: taken, burn-in not counted.
         num_burnt: steps of burn-in taken.
         inverses_due: whether the inverses are to be refreshed.
+        last_update: the step at which statistics last entered the factors, if known.
+        last_refresh: the step at which the inverses were refreshed, if known.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Schedule:
         self.num_steps = 0
         self.num_burnt = 0
         self.inverses_due = True
+        self.last_update: int | None = None
+        self.last_refresh: int | None = None
 
     @property
     def burning(self) -> bool:
@@ -84,7 +90,22 @@ class Schedule:
         norms = torch._foreach_norm(grads)
         flags = [norm.isfinite().to(norms[0].device) for norm in norms]
         finite = torch.stack(flags).all() if flags else None
-        return estimator.update_covariances(finite, decay=1.0 if self.burning else None)
+        with estimator.capture.clock.phase("statistics"):
+            decay = 1.0 if self.burning else None
+            bad = estimator.update_covariances(finite, decay=decay)
+        if not bad:
+            self.last_update = self.num_steps
+        return bad
+
+    def refresh(self) -> None:
+        """Refresh the inverses.
+
+        Raises:
+            torch.linalg.LinAlgError: a damped factor is singular; nothing is changed.
+        """
+        with self._estimator.capture.clock.phase("inverses"):
+            self._estimator.update_inverses()
+        self.inverses_due, self.last_refresh = False, self.num_steps
 
     def check_statistics(self, caller: str) -> None:
         """Raise RuntimeError where there are none; see that they are where the model is."""
@@ -102,6 +123,13 @@ class Schedule:
         for block in blocks:
             block.follow_params()
 
+    def ages(self) -> dict[str, Any]:
+        """Return the steps since the factors and the inverses were last renewed."""
+        known = {"statistics_age": self.last_update, "inverse_age": self.last_refresh}
+        return {
+            name: None if at is None else self.num_steps - at for name, at in known.items()
+        }
+
     def advance(self, good: bool) -> None:
         """Count a step; statistics of a bad batch stay due."""
         if self.burning:
@@ -114,6 +142,19 @@ class Schedule:
             self._estimator.collecting = True
         if self.num_steps % self._invert_every == 0:
             self.inverses_due = True
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resumes the schedule."""
+        own = {name: getattr(self, name) for name in _STATE}
+        return {**own, "collecting": self._estimator.collecting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, from a mapping that may hold more."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self._estimator.collecting = state["collecting"]
 
 
 def dense_gradients(

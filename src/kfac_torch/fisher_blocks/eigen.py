@@ -60,7 +60,11 @@ from .fused import LinearMapFB
 from .kronecker import KroneckerProductFB
 from .linear import FullyConnectedKFACBasicFB
 
-_WHOLE = (FullyConnectedKroneckerFactor, ConvInputKroneckerFactor, ConvOutputKroneckerFactor)
+_WHOLE = (
+    FullyConnectedKroneckerFactor,
+    ConvInputKroneckerFactor,
+    ConvOutputKroneckerFactor,
+)
 
 
 class EigenKroneckerFB(KroneckerProductFB):
