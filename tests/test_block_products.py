@@ -450,9 +450,12 @@ def test_the_undamped_block_and_its_products(name):
     block = ready(name)
     F = block.full_fisher_block()
     assert F.shape == (vector_for(block).numel(),) * 2
-    products = [corrected(block)] if len(block.factors) == 3 else [torch.kron(*sides) for sides in zip(
-        *(matrices(factor.get_cov()) for factor in block.factors), strict=True)
-    ] if len(block.factors) == 2 else [block.factors[0].get_cov()]  # fmt: skip
+    covs = [matrices(factor.get_cov()) for factor in block.factors]
+    products = {
+        1: lambda: covs[0],
+        2: lambda: [torch.kron(*sides) for sides in zip(*covs, strict=True)],
+        3: lambda: [corrected(block)],
+    }[len(covs)]()
     close(F, block.num_locations * torch.block_diag(*products))
     close(block.trace(), F.trace())
     V = vector_for(block)

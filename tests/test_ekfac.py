@@ -348,6 +348,7 @@ def test_kfac_until_there_is_a_basis():
         V = torch.randn(block.factors[2].get_cov_var().shape)
         expected = (K @ V.flatten()).view(V.shape) + 0.3 * V
         close(block.full_fisher_block(), K)
+        close(block.trace(), K.trace())
         close(block.multiply(V), expected)
         for early in (block.multiply_inverse, block.multiply_cholesky):
             with pytest.raises(RuntimeError, match=r"scales: there is no basis yet; call"):

@@ -388,21 +388,49 @@ def test_the_passes_leave_no_trace():
         assert optimizer.estimator.blocks["first"].factors[0].num_updates == step
 
 
-def test_the_passes_have_the_dropout_mask_of_the_forward():
-    """A linear network with a normal loss is its own model, mask by mask."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5))
-    x, y = torch.randn(30, 6), torch.randn(30, 4)
+class OneByOne(torch.autograd.Function):
+    """The identity, with a forward-mode derivative but no rule for several at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.view_as(tangent)
+
+
+class Identity(nn.Module):
+    def forward(self, x):
+        return OneByOne.apply(x)
+
+
+@pytest.mark.parametrize("layers", [[], [Identity()]])
+def test_the_passes_have_the_dropout_mask_of_the_forward(layers):
+    """A linear network with a normal loss is its own model, mask by mask.
+
+    In the second step there are two directions, in one pass where that can be.
+    """
+    model = nn.Sequential(nn.Linear(6, 4), *layers, nn.Dropout(0.5))
     optimizer = make(model, "normal")
-    state = torch.get_rng_state()
-    loss = 0.5 * (model(x) - y).square().sum(1).mean()
-    loss.backward()
-    torch.rand(7)  # the user draws on
-    optimizer.step()
-    torch.set_rng_state(state)
-    change = 0.5 * (model(x) - y).square().sum(1).mean() - loss
-    last = optimizer.last_step
-    damped = last.predicted_change.item()
-    assert change.item() == pytest.approx(damped, rel=1e-9)
+    for _ in range(3):
+        x, y = torch.randn(30, 6), torch.randn(30, 4)
+        state = torch.get_rng_state()
+        optimizer.zero_grad()
+        loss = 0.5 * (model(x) - y).square().sum(1).mean()
+        loss.backward()
+        torch.rand(7)  # the user draws on
+        optimizer.step()
+        torch.set_rng_state(state)
+        change = 0.5 * (model(x) - y).square().sum(1).mean() - loss
+        last = optimizer.last_step
+        damped = last.predicted_change.item()
+        assert change.item() == pytest.approx(damped, rel=1e-9)
+    assert last.momentum != 0
 
 
 def test_inputs_do_not_outlive_a_step():

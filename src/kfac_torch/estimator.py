@@ -561,7 +561,6 @@ class FisherEstimator(BlockProducts):
         self.check_state_dict(state)
         if device is None:
             device = next(iter(self.blocks.values())).params[0].device
-        self.reset()
         for name, block in self.blocks.items():
             block.load_state_dict(state["blocks"][name])
         self.loss_checked = state["loss_checked"]
@@ -571,8 +570,8 @@ class FisherEstimator(BlockProducts):
         self._averages_each = state["averages_each"]
         self._generator = None
         if state["generator"] is None:
-            return
-        if state["generator_device"] != device.type:
+            pass
+        elif state["generator_device"] != device.type:
             warnings.warn(
                 f"the state's generator is one of {state['generator_device']}; on "
                 f"{device.type} the targets are drawn from a new one, so the run is not "
@@ -581,6 +580,7 @@ class FisherEstimator(BlockProducts):
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
+        self.reset()
 
 
 def block_layer(block: FisherBlock) -> Layer:

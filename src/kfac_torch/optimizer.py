@@ -37,6 +37,7 @@ from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
+from .optimizer_state import NamedState
 from .options import (
     Damping,
     QModel,
@@ -52,11 +53,12 @@ from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
 
-_STATE_VERSION = 3
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
+# What the state has of the optimizer's own attributes.
+_KEPT = ("_calibrated", "_told", "skipped_steps", "damping_unit")
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(NamedState):
     """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
     and embeddings of a model, another rule for its other parameters.
 
@@ -336,6 +338,7 @@ class KFAC(torch.optim.Optimizer):
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
                 inverses are unchanged. A λ that adapts is raised instead.
         """
+        self._stepping = True
         clock = self.estimator.capture.clock
         try:
             with clock.phase("step"):
@@ -360,9 +363,13 @@ class KFAC(torch.optim.Optimizer):
                 moved = bool(moves and params and not bad)
                 if moved:
                     self._adapt(trial)  # last: the closure may fail
+            self._stepping = False  # a writer may save the state
             if moved and self.last_step is not None:
                 self.last_step = self._recorder.finish(self.last_step)
             return value
+        except Exception:
+            self._stepping = False
+            raise
         finally:
             self.estimator.capture.forwards.clear()
             if self.estimator.capture.probe is not None:
@@ -537,42 +544,26 @@ class KFAC(torch.optim.Optimizer):
 
     # State.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resumes the run bit for bit, taken between two steps."""
-        own = {
-            "version": _STATE_VERSION,
-            "momentum_type": self._momentum_type,
-            "calibrated": self._calibrated,
-            "skipped_steps": self.skipped_steps,
-            "damping_unit": self.damping_unit,
-            **self._schedule.state_dict(),
-            "estimator": self.estimator.state_dict(),
+    def _options(self) -> dict[str, Any]:
+        number = isinstance(self._given_damping, float | int)
+        return {
+            **self._updates.options,
+            "damping": "a number" if number else self._given_damping,
+            **self._schedule.options,
         }
-        return {**super().state_dict(), "kfac": own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, into an optimizer constructed alike.
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
+            **self._schedule.state_dict(),
+            "adapts": self._updates.rule is not None,
+            "last_step": self.last_step and dict(vars(self.last_step)),
+        }
 
-        Raises:
-            ValueError: the state of another optimizer or model; nothing is changed then.
-        """
-        own = state_dict.get("kfac")
-        if own is None or own["version"] != _STATE_VERSION:
-            found = "no K-FAC state" if own is None else f"version {own['version']}"
-            raise ValueError(
-                f"KFAC.load_state_dict: expected K-FAC state of version {_STATE_VERSION}, "
-                f"got {found}"
-            )
-        if own["momentum_type"] != self._momentum_type:
-            raise ValueError(
-                f"KFAC.load_state_dict: expected momentum_type={self._momentum_type!r} in "
-                f"the state, got {own['momentum_type']!r}"
-            )
-        self.estimator.check_state_dict(own["estimator"])
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
-        self.estimator.load_state_dict(own["estimator"])
-        self._calibrated = own["calibrated"]
-        if isinstance(self._given_damping, RelativeDamping):
-            self._set_unit(own["damping_unit"])
-        self.skipped_steps = own["skipped_steps"]
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        for name in _KEPT:
+            setattr(self, name, own[name.lstrip("_")])
         self._schedule.load_state_dict(own)
+        self.last_step = own["last_step"] and StepRecord(**own["last_step"])
+        self._updates.restore_rule(own["adapts"])
+        self._set_unit(own["damping_unit"])

@@ -254,6 +254,7 @@ class KFACPreconditioner:
         return {
             "version": _STATE_VERSION,
             **self._schedule.state_dict(),
+            "collecting": self.estimator.collecting,
             "skipped_steps": self.skipped_steps,
             "damping": self.damping,
             "damping_unit": self.damping_unit,
@@ -278,3 +279,4 @@ class KFACPreconditioner:
             self._set_unit(state_dict["damping_unit"])
         self.damping = state_dict["damping"]
         self.skipped_steps = state_dict["skipped_steps"]
+        self.estimator.collecting = state_dict["collecting"]

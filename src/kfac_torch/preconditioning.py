@@ -22,8 +22,8 @@ from torch import Tensor
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 
+_COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
-_STATE = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 
 
 class Schedule:
@@ -36,6 +36,7 @@ class Schedule:
         num_burnin_steps: the first steps, which only gather statistics.
 
     Attributes:
+        options: what it was made with, by name.
         num_steps: taken, burn-in not counted.
         num_burnt: steps of burn-in taken.
         inverses_due: whether the inverses are to be refreshed.
@@ -52,9 +53,11 @@ class Schedule:
         num_burnin_steps: int = 0,
     ) -> None:
         self._estimator = estimator
-        self._cov_update_every = cov_update_every
-        self._invert_every = invert_every
-        self._num_burnin_steps = num_burnin_steps
+        self.options = {
+            "cov_update_every": cov_update_every,
+            "invert_every": invert_every,
+            "num_burnin_steps": num_burnin_steps,
+        }
         self._collected = False
         self.num_steps = 0
         self.num_burnt = 0
@@ -65,7 +68,7 @@ class Schedule:
     @property
     def burning(self) -> bool:
         """Whether the next step is one of the burn-in."""
-        return self.num_burnt < self._num_burnin_steps
+        return self.num_burnt < self.options["num_burnin_steps"]
 
     @property
     def refresh_due(self) -> bool:
@@ -138,23 +141,19 @@ class Schedule:
         self.num_steps += 1
         if self._collected and good:
             self._estimator.collecting = False
-        if self.num_steps % self._cov_update_every == 0:
+        if self.num_steps % self.options["cov_update_every"] == 0:
             self._estimator.collecting = True
-        if self.num_steps % self._invert_every == 0:
+        if self.num_steps % self.options["invert_every"] == 0:
             self.inverses_due = True
 
-    # State.
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resumes the schedule."""
-        own = {name: getattr(self, name) for name in _STATE}
-        return {**own, "collecting": self._estimator.collecting}
+    def state_dict(self) -> dict[str, int | bool | None]:
+        """Return the counts, as plain data."""
+        return {name: getattr(self, name) for name in _COUNTS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, from a mapping that may hold more."""
-        for name in _STATE:
+        """Restore what `state_dict` returned."""
+        for name in _COUNTS:
             setattr(self, name, state[name])
-        self._estimator.collecting = state["collecting"]
 
 
 def dense_gradients(

@@ -74,6 +74,7 @@ class UpdateRule:
         self.num_steps = 0
         rule = damping.damping if isinstance(damping, RelativeDamping) else damping
         self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
+        self._first_rule = self.rule
         self._undamped = False
         estimator.capture.keep_forwards = self.modelled or self.rule is not None
         if self.rule and not self.modelled:
@@ -88,6 +89,19 @@ class UpdateRule:
                 f"products with the factors: {error}. Expected an approximation that has "
                 'them; use another, or momentum_type="qmodel", which predicts without'
             ) from error
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was chosen at construction and stays."""
+        return {
+            "momentum_type": self._momentum_type,
+            "quadratic_model": self._qmodel,
+            "unit of the trust region": self._unit_of_region,
+        }
+
+    def restore_rule(self, adapts: bool) -> None:
+        """Let λ adapt as at the start, or not at all, where nothing told the loss."""
+        self.rule = self._first_rule if adapts else None
 
     @property
     def modelled(self) -> bool:
@@ -309,7 +323,9 @@ class UpdateRule:
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
-        calls = self._estimator.capture.forwards
+        known = self._estimator.capture.forwards
+        # Forwards that no backward has reached are no part of the batch.
+        calls = [call for call in known if call.arrived] or known
         device = params[0].device
         now = random_state(device) if calls else None
 

@@ -66,9 +66,6 @@ class FisherBlock(abc.ABC):
     needs_param_grads = False
     """Whether the block works on gradients of its parameters, not of layer outputs."""
 
-    basis_version: int = 0
-    """A number that changes with the basis of its moments, where that moves."""
-
     part: str | None = None
     """The linear map inside the modules that the block is of, where they are fused."""
 
@@ -163,6 +160,11 @@ class FisherBlock(abc.ABC):
                 factor.to(device)
 
     # Statistics.
+
+    @property
+    def basis_version(self) -> int:
+        """A number that changes with the basis of the moments, where that moves."""
+        return 0
 
     skips_idle_rows = False
     """Whether rows are tokens, some of which may be padding: without any gradient."""

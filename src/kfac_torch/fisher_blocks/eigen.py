@@ -21,8 +21,8 @@ with different batch sizes, and the input's map of a packed sequence.
 Cost, beside K-FAC's: of an update `m n (P + m + n)` multiply-adds for an example with P
 positions (`P (m² + n²) + P m n` where that is less), in buffers of some 16 MB; of a
 convolution the same with patches formed piece by piece. To take positions as independent
-would cost more wherever `P > n` and no less elsewhere, so it is not offered. Kept are `S`
-and both bases, in place of two inverses.
+needs `P (m² + n² + m n)`, which is no less than the cheaper of these, so it is not offered.
+Kept are `S` and both bases, in place of two inverses.
 
 Before the first refresh the block is K-FAC's, undamped or with `F_λ = F + λI`. At it `S`
 is `s_A s_Gᵀ`, until the first update that comes after. A side above a size limit has no
@@ -70,8 +70,8 @@ _WHOLE = (
 class EigenKroneckerFB(KroneckerProductFB):
     """A Kronecker block with the eigenvalues corrected (abstract): in front of its kind."""
 
-    def _make_factors(self) -> tuple[Any, ...]:
-        A, G = super()._make_factors()
+    def _with_scales(self, A: Any, G: Any) -> tuple[Any, ...]:
+        """The factors: with the scales, where both sides are whole matrices."""
         if type(A) not in _WHOLE or type(G) not in _WHOLE:
             return A, G
         return A, G, EigenScaleFactor(A, G, f"{self.name}.scales", self.options)
@@ -220,6 +220,13 @@ class EigenKroneckerFB(KroneckerProductFB):
             return (Q_A.mT @ vector @ Q_G) * roots
         return Q_A @ (vector * roots) @ Q_G.mT
 
+    def trace(self) -> Tensor:
+        """Return `T Σ S`; before there is a basis `T tr A tr G`."""
+        scales = self.scales
+        if scales is None or not scales.is_refreshed:
+            return super().trace()
+        return self.num_locations * scales.cov_trace()
+
     def full_fisher_block(self) -> Tensor:
         """Return `T · Q diag(S) Qᵀ`, undamped, over the row-major entries of `V`.
 
@@ -281,6 +288,9 @@ class FullyConnectedEKFACFB(EigenKroneckerFB, FullyConnectedKFACBasicFB):
         super().__init__(module, name, options, size_limit=size_limit)
         self._time_dim = time_dim
 
+    def _make_factors(self) -> tuple[Any, ...]:
+        return self._with_scales(*super()._make_factors())
+
     def _squares(
         self, inputs: Sequence[Tensor], grads: Sequence[Tensor], Q_A: Tensor, Q_G: Tensor
     ) -> Tensor:
@@ -312,6 +322,9 @@ class LinearMapEKFACFB(EigenKroneckerFB, LinearMapFB):
         size_limit: SizeLimit | None = None,
     ) -> None:
         super().__init__(part, module, name, options, size_limit=size_limit)
+
+    def _make_factors(self) -> tuple[Any, ...]:
+        return self._with_scales(*super()._make_factors())
 
     def _squares(
         self, inputs: Sequence[Tensor], grads: Sequence[Tensor], Q_A: Tensor, Q_G: Tensor
@@ -393,6 +406,9 @@ class ConvEKFACFB(EigenKroneckerFB, ConvKFCBasicFB):
         size_limit: SizeLimit | None = None,
     ) -> None:
         super().__init__(module, name, options, size_limit=size_limit)
+
+    def _make_factors(self) -> tuple[Any, ...]:
+        return self._with_scales(*super()._make_factors())
 
     def _gradients_of(self) -> ConvDiagonalFactor:
         """What makes the gradients of examples."""

@@ -8,8 +8,8 @@ over its positions, `R` the rows of the layer. The scales are
 
 summed over sources (George et al. 2018, arXiv 1806.03884, equation 9): the diagonal of
 the exact block in this basis, up to `T = R/N`. With one position it is `(a Q_A)²ᵀ (g
-Q_G)² / R` and no gradient of an example is formed; else some examples' at a time are,
-positions first or the basis first, whichever is cheaper.
+Q_G)² / R` and no gradient of an example is formed; else those of some examples at a time
+are, and rotated, or are formed of rotated rows, whichever is cheaper.
 
 The basis moves at a refresh alone, the scales at every update. Before the first update in
 a basis they are `s_A s_Gᵀ`, K-FAC's own. From a basis to the next they go as
@@ -233,7 +233,6 @@ def squares_of_gradients(W: Tensor, Q_A: Tensor, Q_G: Tensor) -> Tensor:
     tensor([[[10.,  4.]]])
     """
     W = W.flatten(0, -4)
-    # The rarer dimension of the two products last, where it is the cheaper one first.
     rotated = torch.einsum("xgmn,gmi->xgin", W, Q_A)
     rotated = torch.einsum("xgin,gno->xgio", rotated, Q_G)
     return rotated.square_().sum(0)

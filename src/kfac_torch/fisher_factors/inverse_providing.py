@@ -447,6 +447,14 @@ class InverseProvidingFactor(FisherFactor):
                 f"{self.name}: expected the powers {registered} in the state, in order of "
                 f"registration, got {found}; register the same powers before loading"
             )
+        for power in state["powers"]:
+            shapes = tuple(tuple(tensor.shape) for tensor in power["tensors"])
+            expected = self._function_shapes(power["exp"])
+            if shapes not in ((), expected):
+                raise ValueError(
+                    f"{self.name}: expected tensors of shapes {expected} for "
+                    f"{power['exp']!r} in the state, got {shapes}"
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, after the same registrations.
