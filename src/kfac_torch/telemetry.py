@@ -165,7 +165,8 @@ def read_run(path: str | PathLike[str]) -> list[dict[str, Number]]:
             good = False
         if not good:
             raise ValueError(
-                f"{path}, line {number}: expected a record of a JSONLWriter, got {line[:60]!r}"
+                f"{path}, line {number}: expected a record of a JSONLWriter, got "
+                f"{line[:60]!r}"
             )
     if not records:
         raise ValueError(f"{path}: expected records of a JSONLWriter, got an empty file")
