@@ -227,7 +227,8 @@ class FisherEstimator(BlockProducts):
         for call in calls:
             call.check_unchanged()
         root = self._capture.last_forward
-        if recorded or root is not None or not self.loss_checked or self.sums_gradients:
+        wanted = self._capture.keep_losses or self.sums_gradients or not self.loss_checked
+        if recorded or root is not None or wanted:
             self._forwards.add(output, calls if recorded else None, root)
 
     def _gather(
