@@ -28,15 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import GradientProbe, uncompiled
+from .capture import uncompiled
 from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
+from .health import Health
 from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
+from .linalg import NotFiniteError
 from .loss_collection import Output
 from .loss_functions import LossFactory
+from .optimizer_state import NamedState
 from .options import (
     Damping,
     QModel,
@@ -47,15 +50,17 @@ from .options import (
     resolve,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
+from .recording import Recorder
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
 
-_STATE_VERSION = 3
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
+# What the state has of the optimizer's own attributes.
+_KEPT = ("_calibrated", "_told", "damping_unit")
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(NamedState):
     """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
     and embeddings of a model, another rule for its other parameters.
 
@@ -67,10 +72,11 @@ class KFAC(torch.optim.Optimizer):
     before the user's own backward and without touching any `.grad`.
 
     A batch with a NaN or an Inf in its statistics or its gradient changes no parameter
-    (and no factor, if statistics are due): the step is left out, counted in
-    `skipped_steps`, with a RuntimeWarning. The host reads one number of the device per
-    step, one more where statistics are due, and one for each distinct size of a factor
-    where inverses are.
+    (and no factor, if statistics are due): the step is left out and counted, the first one
+    with a RuntimeWarning. A factor that cannot be factorised climbs a ladder of rescues,
+    or keeps its last good inverse for a while; `health()` has all counts. The host reads
+    one number of the device per step, one more where statistics are due, and one for each
+    distinct size of a factor where inverses are.
 
     Args:
         model: the root module, or what `torch.compile` made of it; the loss must be a
@@ -131,7 +137,6 @@ class KFAC(torch.optim.Optimizer):
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
         damping_unit: the mean curvature at the start, where damping is relative.
-        skipped_steps: how many were left out.
 
     Raises:
         ValueError: a value out of range, a loss that is not known, or a model without
@@ -191,7 +196,6 @@ class KFAC(torch.optim.Optimizer):
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(param_groups(names, layers, lr, momentum), defaults)
         self.last_step: StepRecord | None = None
-        self.skipped_steps = 0
         self._model = model
         self._names = names
         self._given_damping = self._damping = damping
@@ -239,9 +243,19 @@ class KFAC(torch.optim.Optimizer):
         except NotImplementedError:
             self.estimator.release()
             raise
+        self._recorder = Recorder(self.estimator)
         if self._updates.modelled or self._updates.rule:
-            params = [p for block in layers.blocks.values() for p in block.params]
-            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
+            self._recorder.watch_scale()
+
+    def attach(self, writer: Callable[[StepRecord], Any], every: int = 1) -> None:
+        """Call `writer` with the `StepRecord` of every so many steps; see `telemetry`.
+
+        Such a record has the loss, where the gradient tells it, and π of every layer.
+
+        Raises:
+            ValueError: `every` is not a positive integer.
+        """
+        self._recorder.attach(writer, every)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -250,6 +264,15 @@ class KFAC(torch.optim.Optimizer):
     def report(self) -> CoverageReport:
         """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
+
+    def health(self) -> Health:
+        """Return what went wrong so far and was mended, in numbers; see `Health`."""
+        return self.estimator.health
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because of a NaN or an Inf."""
+        return self.health().skipped_steps
 
     def group(self, *which: Key, **options: Any) -> list[dict[str, Any]]:
         """Move some parameters to a param group of their own.
@@ -322,29 +345,42 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: on the first step, if there was no forward in training mode.
             ValueError: a `LevenbergMarquardt` was given and there is no closure, nor does
                 the gradient tell the loss; a parameter without a block has no `lr`.
-            torch.linalg.LinAlgError: a damped factor is singular; parameters and
-                inverses are unchanged. A λ that adapts is raised instead.
+            torch.linalg.LinAlgError: a damped factor is singular on every rung of the
+                ladder, and has no inverse to keep; parameters and inverses are unchanged.
+                A λ that adapts is raised instead, unless the factor has a NaN or an Inf.
         """
+        self._stepping = True
+        clock = self.estimator.capture.clock
         try:
-            adapts = self._updates.rule is not None
-            trial = Trial(self._model, self.estimator, closure, adapts)
-            value = trial.first()
-            params, grads = self._gradients()
-            self.estimator.check_loss(value)
-            if self._updates.modelled or adapts:
-                trial.batch = self.estimator.batch_loss()
-                self._check_told(trial)
-            grads, trial.num_terms = self._schedule.of_mean_loss(grads)
-            bad = self._schedule.update_statistics(grads)
-            moves = not self._schedule.burning and not bad
-            if moves:
-                bad = self._move(params, grads, trial)
-            if bad:
-                self._skip(", ".join(bad))
-            self._schedule.advance(not bad)
-            if moves and params and not bad:
-                self._adapt(trial)  # last: the closure may fail
+            with clock.phase("step"):
+                adapts = self._updates.rule is not None
+                trial = Trial(self._model, self.estimator, closure, adapts)
+                with clock.phase("closure"):
+                    value = trial.first()
+                params, grads = self._gradients()
+                self.estimator.check_loss(value)
+                written = self._recorder.is_due(self._schedule.num_steps)
+                if self._updates.modelled or adapts or written:
+                    trial.batch = self.estimator.batch_loss()
+                    self._check_told(trial)
+                grads, trial.num_terms = self._schedule.of_mean_loss(grads)
+                bad = self._schedule.update_statistics(grads)
+                moves = not self._schedule.burning and not bad
+                if moves:
+                    bad = self._move(params, grads, trial)
+                if bad:
+                    self.estimator.ledger.skip_step(bad, stacklevel=4)
+                self._schedule.advance(not bad)
+                moved = bool(moves and params and not bad)
+                if moved:
+                    self._adapt(trial)  # last: the closure may fail
+            self._stepping = False  # a writer may save the state
+            if moved and self.last_step is not None:
+                self.last_step = self._recorder.finish(self.last_step)
             return value
+        except Exception:
+            self._stepping = False
+            raise
         finally:
             self.estimator.capture.forwards.clear()
             if self.estimator.capture.probe is not None:
@@ -395,14 +431,19 @@ class KFAC(torch.optim.Optimizer):
     def _update_inverses(self) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""
         due = self._schedule.refresh_due
+        given = self.param_groups[0]["damping"]
         for attempt in range(_MAX_ADAPTATIONS):
             if not due:
                 return
             try:
-                self.estimator.update_inverses()
-                self._schedule.inverses_due = due = False
-            except torch.linalg.LinAlgError:
-                if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
+                self._schedule.refresh()
+                due = False
+            except torch.linalg.LinAlgError as error:
+                # No damping mends a NaN.
+                hopeless = isinstance(error, NotFiniteError)
+                last = attempt == _MAX_ADAPTATIONS - 1
+                if self._updates.rule is None or hopeless or last:
+                    self.param_groups[0]["damping"] = given
                     raise
                 damping = self.param_groups[0]["damping"]
                 self._set_damping(self._updates.rule.update(damping, -1.0))
@@ -440,6 +481,11 @@ class KFAC(torch.optim.Optimizer):
             damping=group["damping"],
             loss=trial.loss,
             predicted_change=step.predicted_change,
+            norm_scale=step.norm_scale,
+            region_scale=step.region_scale,
+            step_norm=step.norm(),
+            skipped_steps=self.skipped_steps,
+            **self._schedule.ages(),
         )
         return []
 
@@ -486,16 +532,6 @@ class KFAC(torch.optim.Optimizer):
 
     # Messages.
 
-    def _skip(self, why: str) -> None:
-        self.skipped_steps += 1
-        warnings.warn(
-            f"KFAC.step(): NaN, Inf or overflow in {why}; the step is left out: "
-            "parameters, velocities and factors keep their last good values (counted in "
-            "skipped_steps)",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
     def _announce_others(self, params: list[Tensor]) -> None:
         by_rule: dict[str, list[str]] = {}
         for p, rule in self._updates.plain_rules(params).items():
@@ -514,48 +550,26 @@ class KFAC(torch.optim.Optimizer):
 
     # State.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resumes the run bit for bit, taken between two steps."""
-        own = {
-            "version": _STATE_VERSION,
-            "momentum_type": self._momentum_type,
-            "num_steps": self._schedule.num_steps,
-            "num_burnt": self._schedule.num_burnt,
-            "calibrated": self._calibrated,
-            "skipped_steps": self.skipped_steps,
-            "damping_unit": self.damping_unit,
-            "collecting": self.estimator.collecting,
-            "inverses_due": self._schedule.inverses_due,
-            "estimator": self.estimator.state_dict(),
+    def _options(self) -> dict[str, Any]:
+        number = isinstance(self._given_damping, float | int)
+        return {
+            **self._updates.options,
+            "damping": "a number" if number else self._given_damping,
+            **self._schedule.options,
         }
-        return {**super().state_dict(), "kfac": own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, into an optimizer constructed alike.
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
+            **self._schedule.state_dict(),
+            "adapts": self._updates.rule is not None,
+            "last_step": self.last_step and dict(vars(self.last_step)),
+        }
 
-        Raises:
-            ValueError: the state of another optimizer or model; nothing is changed then.
-        """
-        own = state_dict.get("kfac")
-        if own is None or own["version"] != _STATE_VERSION:
-            found = "no K-FAC state" if own is None else f"version {own['version']}"
-            raise ValueError(
-                f"KFAC.load_state_dict: expected K-FAC state of version {_STATE_VERSION}, "
-                f"got {found}"
-            )
-        if own["momentum_type"] != self._momentum_type:
-            raise ValueError(
-                f"KFAC.load_state_dict: expected momentum_type={self._momentum_type!r} in "
-                f"the state, got {own['momentum_type']!r}"
-            )
-        self.estimator.check_state_dict(own["estimator"])
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
-        self.estimator.load_state_dict(own["estimator"])
-        self._schedule.num_steps = own["num_steps"]
-        self._schedule.num_burnt = own["num_burnt"]
-        self._calibrated = own["calibrated"]
-        if isinstance(self._given_damping, RelativeDamping):
-            self._set_unit(own["damping_unit"])
-        self.skipped_steps = own["skipped_steps"]
-        self.estimator.collecting = own["collecting"]
-        self._schedule.inverses_due = own["inverses_due"]
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        for name in _KEPT:
+            setattr(self, name, own[name.lstrip("_")])
+        self._schedule.load_state_dict(own)
+        self.last_step = own["last_step"] and StepRecord(**own["last_step"])
+        self._updates.restore_rule(own["adapts"])
+        self._set_unit(own["damping_unit"])
