@@ -108,6 +108,14 @@ class LayerCall:
     output_shape: torch.Size
     grads: list[Tensor] = field(default_factory=list)
 
+    def has_examples(self, num_examples: int) -> bool:
+        """Whether its rows may be of one example each, by the shapes.
+
+        Not so of position embeddings, `[T, d]`, to which all examples add up.
+        """
+        shape = self.output_shape
+        return num_examples in shape[:-1] or shape[:-1].numel() == num_examples
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the input was overwritten after the call."""
         if self.input._version != self.version:

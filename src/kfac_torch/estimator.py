@@ -62,8 +62,10 @@ class FisherEstimator(BlockProducts):
         estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
             weights of several losses enter the empirical statistics squared, as they do
             the user's gradient. `"exact"` takes one coordinate of all examples at once,
-            so the first dimension of the network output must be that of examples, which
-            do not interact: `[N, T, classes]` of a sequence model, not `[N T, classes]`.
+            so the first dimension of the network output must be that of examples:
+            `[N, T, classes]` of a sequence model, not `[N T, classes]`. Where examples
+            interact (batch statistics), it is right in expectation only: every example
+            has a random sign.
         seed: of the generator that draws targets; the global one is not touched.
 
     Raises:
@@ -231,7 +233,7 @@ class FisherEstimator(BlockProducts):
             for z, part in attached:
                 loss = part.factory(without_nan(z))
                 for some in column_chunks(loss):
-                    columns = loss.fisher_factor_all_columns(some)
+                    columns = self._signed(loss.fisher_factor_all_columns(some))
                     batch.add_columns(
                         z, part.source(columns, forward.num_terms).to(z.dtype)
                     )
@@ -244,6 +246,17 @@ class FisherEstimator(BlockProducts):
             ]
             batch.add([z for z, _ in attached], sources)
         self._add_moments(batch.moments())
+
+    def _signed(self, columns: Tensor) -> Tensor:
+        """Give every example of a column `[J, N, ...]` a random sign.
+
+        Nothing changes where examples do not interact. Where they do (batch statistics,
+        rows that all of them share), their cross terms then have the mean zero.
+        """
+        generator = self._generator_on(columns.device)
+        shape = (*columns.shape[:2], *[1] * (columns.dim() - 2))
+        signs = torch.randint(2, shape, generator=generator, device=columns.device)
+        return columns * (2 * signs - 1)
 
     def _draw(self, loss: LossFunction) -> Tensor:
         """One random source at the network output, whose second moment is the Fisher."""

@@ -798,6 +798,52 @@ def test_random_modes_have_the_exact_mean(case, mode, loss):
     assert (error.diagonal() < 0.2 * exact.diagonal().max()).all()
 
 
+class Positions(nn.Module):
+    """Embeddings of positions, which all examples share or each has of its own."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 2)
+        self.shared = shared
+
+    def forward(self, x):
+        ids = torch.arange(4)
+        ids = ids if self.shared else ids.expand(len(x), -1)
+        return self.head(torch.tanh(x + self.embedding(ids)))
+
+
+def positions(shared, x, mode="exact", draws=1):
+    torch.manual_seed(1)
+    model = Positions(shared)
+    layers = LayerCollection(model)
+    layers.register_embedding(model.embedding)
+    layers.register_categorical_predictive_distribution()
+    estimator = FisherEstimator(None, 0.0, 0.1, layers, estimation_mode=mode)
+    blocks = []
+    for _ in range(draws):
+        model(x)
+        estimator.update_covariances()
+        blocks.append(layers.blocks["embedding"].full_fisher_block().clone())
+    return torch.stack(blocks)
+
+
+@pytest.mark.parametrize("examples", [1, 3, 6])
+def test_rows_that_all_examples_share(examples):
+    x = torch.randn(examples, 4, 3)
+    assert_equal(positions(True, x), positions(False, x))
+
+
+@pytest.mark.parametrize("mode", ["exact", "gradients", "curvature_prop"])
+def test_cross_terms_of_examples_are_zero_in_expectation(mode):
+    """As many positions as examples: by the shapes a row might be of one example."""
+    x = torch.randn(4, 4, 3)
+    (expected,) = positions(False, x)
+    draws = positions(True, x, mode, 400)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-12).all()
+    assert (error.diagonal() < 0.2 * expected.diagonal().max()).all()
+
+
 # A weight that is an embedding and a head.
 
 
