@@ -113,8 +113,9 @@ class LayerCall:
 
         Not so of position embeddings, `[T, d]`, to which all examples add up.
         """
-        shape = self.output_shape
-        return num_examples in shape[:-1] or shape[:-1].numel() == num_examples
+        shape = self.output_shape  # features last, or second
+        rows = shape[:-1].numel(), shape[:1].numel() * shape[2:].numel()
+        return num_examples in (*shape[:-1], *rows)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the input was overwritten after the call."""
@@ -225,12 +226,11 @@ class Capture:
             ),
             model.register_forward_hook(_Hook(self, model, "_end"), always_call=True),
         ]
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        stacks = self._recording, self._by_parts
+        self._finalizer = weakref.finalize(self, _remove, handles, stacks)
 
     def close(self) -> None:
         """Remove every hook."""
-        self._recording.close()
-        self._by_parts.close()
         self._finalizer()
 
     @contextmanager
@@ -424,7 +424,11 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(accelerator)
 
 
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _remove(
+    handles: list[torch.utils.hooks.RemovableHandle], stacks: Iterable[ExitStack]
+) -> None:
+    for stack in stacks:
+        stack.close()
     for handle in handles:
         handle.remove()
 

@@ -328,7 +328,7 @@ class KFAC(torch.optim.Optimizer):
                 "given to KFAC (model(x), not model.forward(x)), in training mode and with "
                 "gradients enabled, and its backward, between constructing the optimizer "
                 "and the first step(), and of its layers: not under torch.vmap or "
-                "torch.func.functional_call. Where torch.compile(model) is called, give KFAC the "
+                "functional_call. Where torch.compile(model) is called, give KFAC the "
                 "compiled module; a torch.utils.checkpoint hides its layers unless "
                 "use_reentrant=False"
             )
