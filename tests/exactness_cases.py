@@ -465,8 +465,11 @@ REDUCED = {
 LINEAR = {
     **REDUCED,
     **conv_cases(CONVS, "convolution", "kron", nn.Sequential, diagonal=False),
+    **conv_cases(CONVS, "convolution", "ekfac", nn.Sequential, diagonal=False),
     **conv_cases(DEPTHWISE, "depthwise_conv2d", "kron", nn.Sequential, diagonal=False),
+    **conv_cases(DEPTHWISE, "depthwise_conv2d", "ekfac", nn.Sequential, diagonal=False),
     **conv_cases(TRANSPOSED, "conv_transpose", "kron", nn.Sequential, diagonal=False),
+    **conv_cases(TRANSPOSED, "conv_transpose", "ekfac", nn.Sequential, diagonal=False),
     "conv transpose, told its size": Case(
         lambda: Sized(nn.ConvTranspose2d(2, 3, 3, stride=(3, 2), padding=1), 8, 6),
         randn(4, 2, 3, 3),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from kfac_torch import KFAC, LayerCollection, LevenbergMarquardt
+from kfac_torch.loss_functions import CategoricalLogitsNegativeLogProbLoss
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -195,7 +196,7 @@ def test_the_second_evaluation_leaves_no_trace(momentum_type):
     state = torch.get_rng_state()
     for _ in range(4):
         b.param_groups[0]["damping"] = a.param_groups[0]["damping"]
-        b._inverses_due = a._inverses_due
+        b._schedule.inverses_due = a._schedule.inverses_due
         torch.set_rng_state(state)
         a.step(first)
         after = torch.get_rng_state()
@@ -335,9 +336,17 @@ def test_calibration_waits_for_the_end_of_burn_in():
 # Errors and state.
 
 
+class Untold(CategoricalLogitsNegativeLogProbLoss):
+    """A loss whose gradient does not tell how it changes."""
+
+    def change_from_gradient(self, outputs, gradient, weights=None):
+        return None
+
+
 def test_a_step_without_a_closure():
     model, (x, y) = linear(), batch()
-    optimizer = make(model)
+    rule = LevenbergMarquardt(initial=0.1, interval=1)
+    optimizer = KFAC(model, Untold, lr=0.3, damping=rule)
     before = vector(model)
     functional.cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match=r"expected step\(closure\).*got none"):

@@ -305,3 +305,20 @@ def test_no_losses(call):
 def test_outputs_that_are_not_there(output, where, message):
     with pytest.raises(ValueError, match=message):
         find_output(output, where)
+
+
+def test_logits_are_found_by_themselves():
+    z = torch.zeros(2, 3)
+
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        hidden: torch.Tensor | None = None
+
+    assert find_output({"logits": z, "hidden": 1}, None) is z
+    assert find_output(Output(z), None) is z
+    assert find_output(z, None) is z
+    with pytest.raises(ValueError, match="expected the model to return its network output"):
+        find_output({"scores": z}, None)
+    with pytest.raises(ValueError, match="expected the model to return its network output"):
+        find_output((z, z), None)

@@ -11,23 +11,30 @@ from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
     CurvatureMatrixVectorProductComputer as CurvatureMatrixVectorProductComputer,
 )
-from .damping import LevenbergMarquardt as LevenbergMarquardt
+from .damping import (
+    LevenbergMarquardt as LevenbergMarquardt,
+    RelativeDamping as RelativeDamping,
+)
 from .estimator import FisherEstimator as FisherEstimator
 from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
-from .options import QModel as QModel
+from .options import QModel as QModel, TrustRegion as TrustRegion
+from .preconditioner import KFACPreconditioner as KFACPreconditioner
 from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
     "KFAC",
     "CurvatureMatrixVectorProductComputer",
     "FisherEstimator",
+    "KFACPreconditioner",
     "LayerCollection",
     "Layers",
     "LevenbergMarquardt",
     "QModel",
+    "RelativeDamping",
     "SizeLimit",
+    "TrustRegion",
     "check_curvature",
     "curvature_products",
     "fisher_blocks",

@@ -77,6 +77,8 @@ class RootCall:
         weights: of the loss terms, by loss, and their number, as far as the backward has
             shown them; None where all weigh 1.
         arrived: whether a backward has reached the network output.
+        num_terms: the loss terms, once it has.
+        autocast: the dtype of autocast, if it was on.
     """
 
     args: tuple[Any, ...]
@@ -84,6 +86,8 @@ class RootCall:
     random_state: RandomState
     weights: list[tuple[Tensor, float] | None] = field(default_factory=list)
     arrived: bool = False
+    num_terms: float = 0
+    autocast: torch.dtype | None = None
 
 
 @dataclass(eq=False)
@@ -204,6 +208,7 @@ class Capture:
         self._kept: RootCall | None = None  # of the running forward, or of the last
         self.recorded = False  # whether calls were recorded in the last forward
         self.param_grads: dict[Tensor, Tensor] = {}
+        self.probe: GradientProbe | None = None
         self.keep_forwards = False
         self.forwards: list[RootCall] = []
         self._layers = {
@@ -232,6 +237,8 @@ class Capture:
     def close(self) -> None:
         """Remove every hook."""
         self._finalizer()
+        if self.probe is not None:
+            self.probe.close()
 
     @contextmanager
     def own_gradients(self) -> Iterator[None]:
@@ -274,7 +281,10 @@ class Capture:
             if model in self._fused:  # its own hooks for what comes first are running
                 self._enter(model)
         if training and self.keep_forwards and self._has_its_params():
-            self._kept = RootCall(args, kwargs, random_state(_device(model)))
+            device = _device(model)
+            self._kept = RootCall(args, kwargs, random_state(device))
+            if torch.is_autocast_enabled(device.type):
+                self._kept.autocast = torch.get_autocast_dtype(device.type)
             self.forwards.append(self._kept)
 
     def _watch_layers(self) -> None:
@@ -403,6 +413,54 @@ class _ParamHook:
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
+
+
+class GradientProbe:
+    """What became of a gradient between its backward and the step: one small parameter's.
+
+    Args:
+        param: the parameter.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> probe = GradientProbe(weight)
+    >>> (1024 * weight.sum()).backward()
+    >>> weight.grad /= 2048  # a GradScaler and a norm that was clipped
+    >>> probe.ratio()
+    tensor(0.0005)
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self._param = param
+        self._sum: Tensor | None = None
+        add = weakref.WeakMethod(self._add)
+
+        def hook(grad: Tensor) -> None:
+            method = add()
+            if method is not None and not torch.is_grad_enabled():
+                method(grad.detach())
+
+        self._handle = param.register_hook(hook)
+
+    def _add(self, grad: Tensor) -> None:
+        self._sum = grad.clone() if self._sum is None else self._sum + grad
+
+    def clear(self) -> None:
+        """Forget what has come."""
+        self._sum = None
+
+    def ratio(self) -> Tensor | None:
+        """Return the factor, 0-dim; None where no gradient has come."""
+        brought, kept = self._sum, self._param.grad
+        if brought is None or kept is None:
+            return None
+        brought = brought.to(torch.promote_types(brought.dtype, torch.float32))
+        largest = brought.abs().max()
+        unit = brought / largest  # whose square does not overflow
+        return (kept.to(unit) * unit).sum() / unit.square().sum() / largest
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
 
 
 RandomState: TypeAlias = "tuple[Tensor, Tensor | None]"

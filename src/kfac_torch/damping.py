@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -238,3 +238,53 @@ class LevenbergMarquardt:
         elif not rho >= low:
             damping /= factor
         return min(max(damping, self.min_damping), self.max_damping)
+
+    def times(self, unit: float) -> LevenbergMarquardt:
+        """Return the rule with λ and its bounds in another unit; `l2_reg` has its own."""
+        return replace(
+            self,
+            initial=self.initial * unit,
+            min_damping=self.min_damping * unit,
+            max_damping=self.max_damping * unit,
+        )
+
+
+@dataclass(frozen=True)
+class RelativeDamping:
+    """λ in units of the mean curvature at the start, so that no problem's scale is in it.
+
+    The unit is `tr F/dim F` of all blocks together, from the factors of the first batch
+    (with burn-in, of its batches), and stays what it was: curvature grows in training,
+    often by orders of magnitude, while the λ that helps does not.
+
+    Args:
+        damping: a number, a callable of the number of steps, or a `LevenbergMarquardt`,
+            whose `initial`, `min_damping` and `max_damping` are in that unit then.
+
+    Raises:
+        ValueError: a negative number.
+
+    >>> RelativeDamping(0.5).absolute(4.0)
+    2.0
+    >>> RelativeDamping().absolute(10.0).min_damping
+    0.01
+    """
+
+    damping: float | Callable[[int], float] | LevenbergMarquardt = field(
+        default_factory=lambda: LevenbergMarquardt(initial=0.1, min_damping=1e-3)
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, RelativeDamping):
+            raise TypeError("RelativeDamping: expected a damping that is not relative")
+        if not callable(self.damping) and not isinstance(self.damping, LevenbergMarquardt):
+            check_damping(self.damping, "RelativeDamping")
+
+    def absolute(self, unit: float) -> float | Callable[[int], float] | LevenbergMarquardt:
+        """Return the damping in units of the Fisher, given the mean curvature."""
+        relative = self.damping
+        if isinstance(relative, LevenbergMarquardt):
+            return relative.times(unit)
+        if callable(relative):
+            return lambda step: unit * relative(step)
+        return unit * relative

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_loss import BatchLoss, scale_of
 from .block_products import BlockProducts
 from .capture import Capture, Layer, LayerCall
 from .damping import DampingFunc, check_damping
@@ -41,7 +42,7 @@ from .forwards import Forward, Forwards, LossPart, without_nan
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
-from .sources import BatchMoments, column_chunks, fill_missing
+from .sources import BatchMoments, column_chunks, fill_missing, with_random_signs
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 
@@ -128,6 +129,7 @@ class FisherEstimator(BlockProducts):
         self._summed = self.sums_gradients
         self._gradient_factor = 1.0
         self._averages_all = False  # over all micro-batches of a step together
+        self._averages_each = False
         try:
             for block in self.blocks.values():
                 block.instantiate_factors(damping)
@@ -177,6 +179,21 @@ class FisherEstimator(BlockProducts):
         self._forwards.arrived.clear()
         self._capture.param_grads.clear()
         self._capture.forwards = [f for f in self._capture.forwards if not f.arrived]
+        if self._capture.probe is not None:
+            self._capture.probe.clear()
+
+    def batch_loss(self) -> BatchLoss:
+        """Return the loss of the forwards whose backward has run since `reset`."""
+        probe = self._capture.probe
+        ratio = None if probe is None else probe.ratio()
+        undeclared = self._summed and not self.sums_gradients
+        return BatchLoss(
+            self._forwards.arrived,
+            sums=self.sums_gradients,
+            factor=self.num_terms if undeclared else self._gradient_factor,
+            means_each=self._averages_each,
+            scale=None if ratio is None else scale_of(ratio),
+        )
 
     @property
     def sums_gradients(self) -> bool:
@@ -233,10 +250,10 @@ class FisherEstimator(BlockProducts):
             for z, part in attached:
                 loss = part.factory(without_nan(z))
                 for some in column_chunks(loss):
-                    columns = self._signed(loss.fisher_factor_all_columns(some))
-                    batch.add_columns(
-                        z, part.source(columns, forward.num_terms).to(z.dtype)
-                    )
+                    columns = loss.fisher_factor_all_columns(some)
+                    columns = with_random_signs(columns, self._generator_on(z.device))
+                    sources = part.source(columns, forward.num_terms).to(z.dtype)
+                    batch.add_columns(z, sources)
         else:
             sources = [
                 part.source(self._draw(part.factory(without_nan(z))), forward.num_terms).to(
@@ -246,17 +263,6 @@ class FisherEstimator(BlockProducts):
             ]
             batch.add([z for z, _ in attached], sources)
         self._add_moments(batch.moments())
-
-    def _signed(self, columns: Tensor) -> Tensor:
-        """Give every example of a column `[J, N, ...]` a random sign.
-
-        Nothing changes where examples do not interact. Where they do (batch statistics,
-        rows that all of them share), their cross terms then have the mean zero.
-        """
-        generator = self._generator_on(columns.device)
-        shape = (*columns.shape[:2], *[1] * (columns.dim() - 2))
-        signs = torch.randint(2, shape, generator=generator, device=columns.device)
-        return columns * (2 * signs - 1)
 
     def _draw(self, loss: LossFunction) -> Tensor:
         """One random source at the network output, whose second moment is the Fisher."""
@@ -335,6 +341,7 @@ class FisherEstimator(BlockProducts):
         if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
             self._averages_all = True  # gradients are accumulated as one batch's
             return
+        self._averages_each = share < 1 and abs(factor - 1) < 0.01
         empirical = self._mode == "empirical"
         message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
         if message is None:
@@ -520,6 +527,7 @@ class FisherEstimator(BlockProducts):
             "summed": self._summed,
             "gradient_factor": self._gradient_factor,
             "averages_all": self._averages_all,
+            "averages_each": self._averages_each,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -554,17 +562,17 @@ class FisherEstimator(BlockProducts):
         self.check_state_dict(state)
         if device is None:
             device = next(iter(self.blocks.values())).params[0].device
-        self.reset()
         for name, block in self.blocks.items():
             block.load_state_dict(state["blocks"][name])
         self.loss_checked = state["loss_checked"]
         self._summed = state["summed"]
         self._gradient_factor = state["gradient_factor"]
         self._averages_all = state["averages_all"]
+        self._averages_each = state["averages_each"]
         self._generator = None
         if state["generator"] is None:
-            return
-        if state["generator_device"] != device.type:
+            pass
+        elif state["generator_device"] != device.type:
             warnings.warn(
                 f"the state's generator is one of {state['generator_device']}; on "
                 f"{device.type} the targets are drawn from a new one, so the run is not "
@@ -573,6 +581,7 @@ class FisherEstimator(BlockProducts):
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
+        self.reset()
 
 
 def block_layer(block: FisherBlock) -> Layer:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .capture import LayerCall, source_grads
-from .fisher_blocks import FisherBlock, KroneckerProductFB
+from .fisher_blocks import EigenKroneckerFB, FisherBlock, KroneckerProductFB
 from .fisher_factors import DiagonalFactor
 from .loss_functions import LossFunction
 from .row_facts import RowFacts, is_diagonal
@@ -202,6 +202,8 @@ def _norm_and_trace(block: FisherBlock) -> tuple[Tensor, Tensor]:
     kronecker = isinstance(block, KroneckerProductFB)
     norms, traces = [], []
     factors: Sequence[Any] = block.factors
+    if isinstance(block, EigenKroneckerFB):
+        factors = block.current_factors
     for factor in factors if kronecker else [_single_factor(block)]:
         if isinstance(factor, DiagonalFactor):
             diagonal = factor.get_cov_var()

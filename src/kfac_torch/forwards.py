@@ -195,6 +195,7 @@ class Forwards:
             if forward.root is not None:
                 forward.root.arrived = True
                 forward.root.weights = [part.term_weights for part in forward.parts]
+                forward.root.num_terms = forward.num_terms
             self._take(forward)
 
     def _take(self, forward: Forward) -> None:

@@ -32,7 +32,8 @@ from .loss_functions import (
 
 Output: TypeAlias = str | int | Callable[[Any], Tensor] | None
 """Where a network output is in what the model returns: a key, an index, an attribute
-name or a callable; None where the model returns the tensor itself."""
+name or a callable; None where the model returns the tensor itself, or has it as its
+`logits`."""
 
 
 @dataclass(frozen=True)
@@ -293,12 +294,19 @@ class LossCollection:
 def find_output(output: Any, where: Output) -> Tensor:
     """Return the network output that `where` points to in what the model returned.
 
+    None is the tensor itself, or `"logits"` where a mapping or an object has them.
+
     Raises:
         ValueError: it is not there, or no tensor.
 
     >>> find_output({"logits": torch.zeros(1)}, "logits")
     tensor([0.])
     """
+    if where is None and not isinstance(output, Tensor):
+        named = (
+            "logits" in output if isinstance(output, Mapping) else hasattr(output, "logits")
+        )
+        where = "logits" if named else None
     try:
         if where is None:
             z = output

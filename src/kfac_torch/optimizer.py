@@ -12,7 +12,8 @@ with `κ = min(1, sqrt(c / (η² pᵀF̂p)))`, so that a step without momentum m
 distribution by about `c/2` nats (Martens & Grosse 2015, arXiv 1503.05671, section 6;
 Ba et al. 2017 for `c`). With `"qmodel"` α and μ minimise the quadratic model of the loss,
 `gᵀδ + ½ δᵀ(F + λI)δ` (section 7 of the former; `"qmodel_fixedmu"`: α alone), and the
-constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`. Weight decay is
+constraint is on the exact norm of the whole step, `δᵀ(F + λI)δ <= c`; a trust region is
+`δᵀFδ <= fraction · loss`. Weight decay is
 decoupled: `δ −= η·decay·θ`; with the model, `p += decay·θ`. Parameters without a block
 follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 """
@@ -20,43 +21,48 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import uncompiled
+from .capture import GradientProbe, uncompiled
+from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
-from .damping import LevenbergMarquardt
+from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
-from .layer_choice import Layers
+from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
+from .optimizer_state import NamedState
 from .options import (
-    MOMENTUM,
     Damping,
     QModel,
+    TrustRegion,
     check_count,
     damping_at,
     group_options,
-    name_and_stride,
+    resolve,
 )
-from .plain_updates import plain_options
+from .preconditioning import Schedule, dense_gradients, mean_curvature
+from .steps import StepRecord
 from .trials import Trial
-from .updates import StepRecord, UpdateRule
+from .updates import UpdateRule
 
-_STATE_VERSION = 2
-_EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
+# What the state has of the optimizer's own attributes.
+_KEPT = ("_calibrated", "_told", "skipped_steps", "damping_unit")
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(NamedState):
     """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
-    and embeddings of a model, momentum for its other parameters.
+    and embeddings of a model, another rule for its other parameters.
+
+    Without an `lr` it is automatic: step size and momentum are those of the quadratic
+    model, a trust region limits the step, λ starts relative to the curvature and adapts.
 
     On a step where statistics are due, a hook on the model's forward draws targets from
     the model's own output and takes gradients to the layer outputs: the true Fisher,
@@ -83,22 +89,26 @@ class KFAC(torch.optim.Optimizer):
         output: where the network output is in what the model returns, if that is not a
             tensor: a key, an index, an attribute name or a callable.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
-            group option. With the quadratic model a factor on the step that it finds;
-            None is 1 (for a scheduler, say 1.0).
+            group option. None is automatic. With the quadratic model a factor on the step
+            that it finds; None is 1 (for a scheduler, say 1.0).
         damping: λ, added to the Fisher of the mean loss, in its units: those of the loss
             per squared parameter. 0 is allowed where no factor is singular. A number,
             which may be changed as `param_groups[0]["damping"]` and is read at each
             refresh; a callable of the number of steps taken; or a `LevenbergMarquardt`,
-            which adapts it and needs `step(closure)`.
+            which adapts it. Any of them in a `RelativeDamping` is in units of the mean
+            curvature at the start. None is `RelativeDamping()`, which adapts, with the
+            quadratic model, else a constant `RelativeDamping(0.1)`.
         momentum: `μ` in [0, 1); None is 0.9; a param group option. `"qmodel"` finds it.
         weight_decay: decoupled, per unit of `lr`; a param group option.
-        norm_constraint: `c`, in nats of squared Fisher norm, or None for no limit;
-            `"auto"` is 1e-3, and None with the quadratic model. May be changed as
-            `param_groups[0]["norm_constraint"]`.
+        norm_constraint: `c`, in nats of squared Fisher norm, or a `TrustRegion`, a part of
+            the loss, with the quadratic model, or None for no limit; `"auto"` is 1e-3,
+            None with the quadratic model, and `TrustRegion()` where all is automatic.
+            May be changed as `param_groups[0]["norm_constraint"]` or `["trust_region"]`.
         momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
-            or a `QModel`, which has options.
+            or a `QModel`, which has options. None is `"regular"` with an `lr`, else the
+            quadratic model of a quarter of the batch, with a momentum of at most 0.95.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
@@ -122,6 +132,7 @@ class KFAC(torch.optim.Optimizer):
 
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
+        damping_unit: the mean curvature at the start, where damping is relative.
         skipped_steps: how many were left out.
 
     Raises:
@@ -132,7 +143,7 @@ class KFAC(torch.optim.Optimizer):
             predict by (a chain over time); the quadratic model needs none.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    >>> optimizer = KFAC(model, loss="categorical", lr=0.1, damping=1e-2)
+    >>> optimizer = KFAC(model, loss="categorical")
     >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
@@ -149,11 +160,11 @@ class KFAC(torch.optim.Optimizer):
         output: Output = None,
         *,
         lr: float | None = None,
-        damping: Damping,
+        damping: Damping | None = None,
         momentum: float | None = None,
         weight_decay: float = 0.0,
-        norm_constraint: float | str | None = "auto",
-        momentum_type: str | QModel = "regular",
+        norm_constraint: float | str | TrustRegion | None = "auto",
+        momentum_type: str | QModel | None = None,
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
@@ -161,7 +172,11 @@ class KFAC(torch.optim.Optimizer):
         num_burnin_steps: int = 0,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
-        kind, stride = name_and_stride(momentum_type)
+        self._adapts_if_told = damping is None
+        chosen, damping, norm_constraint = resolve(
+            lr, momentum_type, damping, norm_constraint
+        )
+        kind = chosen.name if isinstance(chosen, QModel) else chosen
         defaults = group_options(
             momentum_type=kind,
             lr=lr,
@@ -173,35 +188,37 @@ class KFAC(torch.optim.Optimizer):
         check_count("cov_update_every", cov_update_every, 1)
         check_count("invert_every", invert_every, 1)
         check_count("num_burnin_steps", num_burnin_steps, 0)
-        layers = _complete(layer_collection, model, loss, output, approx)
+        layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        super().__init__(_param_groups(names, layers, lr, momentum), defaults)
+        super().__init__(param_groups(names, layers, lr, momentum), defaults)
         self.last_step: StepRecord | None = None
         self.skipped_steps = 0
         self._model = model
         self._names = names
-        self._damping = damping
+        self._given_damping = self._damping = damping
         self._momentum_type = kind
-        self._cov_update_every = cov_update_every
-        self._invert_every = invert_every
-        self._num_burnin_steps = num_burnin_steps
-        self._num_steps = 0
-        self._num_burnt = 0
-        self._inverses_due = True
         self._calibrated = False
-        chosen = (name for name in names.values() if layers.is_chosen(name))
-        self._announced = set(chosen)
-        with _loss_taken_back(layers, loss):
-            self._watch(layers, cov_ema_decay, estimation_mode, kind, stride)
+        self._told = False  # whether the change of the loss is known to be told
+        self.damping_unit: float | None = None
+        self._announced = {name for name in names.values() if layers.is_chosen(name)}
+        region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
+        with loss_taken_back(layers, loss):
+            self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
+        self._schedule = Schedule(
+            self.estimator,
+            cov_update_every=cov_update_every,
+            invert_every=invert_every,
+            num_burnin_steps=num_burnin_steps,
+        )
 
     def _watch(
         self,
         layers: LayerCollection,
         cov_ema_decay: float,
         estimation_mode: str,
-        kind: str,
-        stride: int,
+        chosen: str | QModel,
+        region: TrustRegion | None,
     ) -> None:
         """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
@@ -213,11 +230,20 @@ class KFAC(torch.optim.Optimizer):
         )
         try:
             self._updates = UpdateRule(
-                self, self._model, self.estimator, self._names, kind, self._damping, stride
+                self,
+                self._model,
+                self.estimator,
+                self._names,
+                chosen,
+                self._damping,
+                region,
             )
         except NotImplementedError:
             self.estimator.release()
             raise
+        if self._updates.modelled or self._updates.rule:
+            params = [p for block in layers.blocks.values() for p in block.params]
+            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -226,6 +252,49 @@ class KFAC(torch.optim.Optimizer):
     def report(self) -> CoverageReport:
         """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
+
+    def group(self, *which: Key, **options: Any) -> list[dict[str, Any]]:
+        """Move some parameters to a param group of their own.
+
+        Before a scheduler is constructed, which counts the groups; and before the state of
+        an optimizer with the same groups is loaded.
+
+        Args:
+            which: names or patterns of modules or parameters (`"*.bias"`), with all that
+                is inside them, module types, modules or parameters.
+            options: `lr`, `weight_decay`, `momentum`; of parameters without a block that
+                follow AdamW `betas` and `eps` too. The rest is as it was. With the
+                quadratic model there is one momentum, and the ratio of the `lr` of the
+                groups scales their parts of the direction, before the model sees it.
+
+        Returns:
+            The new groups: one for each group that parameters came from.
+
+        Raises:
+            ValueError: nothing is meant, or it is in no group; an unknown option, or a
+                value out of range. Nothing is changed then.
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = KFAC(model, loss="categorical", lr=0.1, weight_decay=0.01)
+        >>> [new] = optimizer.group("*.bias", weight_decay=0.0)
+        >>> len(new["params"]), [group["weight_decay"] for group in optimizer.param_groups]
+        (2, [0.01, 0.0])
+        """
+        model = uncompiled(self._model)
+        names = names_inside(model, "KFAC.group()", which)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        chosen: set[Tensor] = {p for name, p in params.items() if name in names}
+        left, new = regroup(self.param_groups, chosen, self._momentum_type, options)
+        if not new:
+            raise ValueError(
+                "KFAC.group(): expected parameters of this optimizer, got none: "
+                f"{', '.join(map(str, which)) or 'nothing'}"
+            )
+        for group, rest in zip(self.param_groups, left, strict=True):
+            group["params"] = rest
+        for group in new:
+            self.add_param_group(group)
+        return self.param_groups[-len(new) :]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.
@@ -242,105 +311,103 @@ class KFAC(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model on this step's batch, calls `backward` and
-                returns the loss; optional, unless λ adapts. It is then called again after
-                the step where an adaptation is due, with the same random numbers; that
-                call leaves no trace: gradients, buffers and random state are put back. If
-                it raises, the step has been taken, and λ stays.
+                returns the loss; optional. Where λ adapts it is called again after the
+                step when an adaptation is due, with the same random numbers; that call
+                leaves no trace: gradients, buffers and random state are put back. If it
+                raises, the step has been taken, and λ stays. Without one the change of
+                the loss is read off the gradient at the network output.
 
         Returns:
             What the closure returned, at first.
 
         Raises:
             RuntimeError: on the first step, if there was no forward in training mode.
-            ValueError: λ adapts and there is no closure; a parameter without a block has
-                no `lr`.
+            ValueError: a `LevenbergMarquardt` was given and there is no closure, nor does
+                the gradient tell the loss; a parameter without a block has no `lr`.
             torch.linalg.LinAlgError: a damped factor is singular; parameters and
                 inverses are unchanged. A λ that adapts is raised instead.
         """
+        self._stepping = True
         try:
             adapts = self._updates.rule is not None
             trial = Trial(self._model, self.estimator, closure, adapts)
             value = trial.first()
             params, grads = self._gradients()
             self.estimator.check_loss(value)
-            if self.estimator.sums_gradients and self.estimator.num_terms:
-                trial.num_terms = self.estimator.num_terms
-                grads = list(torch._foreach_div(grads, trial.num_terms))
-            burning = self._num_burnt < self._num_burnin_steps
-            collected = self.estimator.collecting and self.estimator.has_statistics()
-            bad = self._update_statistics(collected, grads, burning)
-            moves = not burning and not bad
+            if self._updates.modelled or adapts:
+                trial.batch = self.estimator.batch_loss()
+                self._check_told(trial)
+            grads, trial.num_terms = self._schedule.of_mean_loss(grads)
+            bad = self._schedule.update_statistics(grads)
+            moves = not self._schedule.burning and not bad
             if moves:
                 bad = self._move(params, grads, trial)
             if bad:
                 self._skip(", ".join(bad))
-            if burning:
-                self._num_burnt += 1
-                return value
-            self._num_steps += 1
-            if collected and not bad:
-                self.estimator.collecting = False  # else it stays due
-            if self._num_steps % self._cov_update_every == 0:
-                self.estimator.collecting = True
-            if self._num_steps % self._invert_every == 0:
-                self._inverses_due = True
+            self._schedule.advance(not bad)
             if moves and params and not bad:
                 self._adapt(trial)  # last: the closure may fail
+            self._stepping = False
             return value
+        except Exception:
+            self._stepping = False
+            raise
         finally:
             self.estimator.capture.forwards.clear()
+            if self.estimator.capture.probe is not None:
+                self.estimator.capture.probe.clear()
+
+    def _check_told(self, trial: Trial) -> None:
+        """See whether the change of the loss, where λ adapts to it, will be known."""
+        if self._updates.rule is None or self._told or not trial.batch.forwards:
+            return
+        self._told = trial.tells_change
+        if self._told:
+            return
+        what = (
+            "the gradient at the network output does not tell how this loss changes: "
+            "expected step(closure), with a closure that clears the gradients, calls the "
+            "model and backward, and returns the loss; got none"
+        )
+        if not self._adapts_if_told:
+            raise ValueError(f"KFAC.step(): damping=LevenbergMarquardt(...): {what}")
+        warnings.warn(f"KFAC.step(): {what}, so that damping stays", stacklevel=5)
+        self._updates.rule = None
 
     def _adapt(self, trial: Trial) -> None:
         """Adapt λ where due, by the loss at the parameters that the step has led to."""
         rule, record = self._updates.rule, self.last_step
-        if rule is None or record is None or self._num_steps % rule.interval:
+        if rule is None or record is None or self._schedule.num_steps % rule.interval:
             return
-        assert record.predicted_change is not None  # `_move` asked for it
-        new_loss, rho = trial.judge(record.predicted_change, rule)
+        if trial.step is None or not trial.can_judge:
+            return
+        new_loss, rho = trial.judge(trial.step, rule)
         self.last_step = replace(record, new_loss=new_loss, rho=rho)
-        self._set_damping(rule.update(record.damping, rho))
+        if rho is not None:
+            self._set_damping(rule.update(record.damping, rho))
 
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
             self.param_groups[0]["damping"] = damping
-            self._inverses_due = True
+            self._schedule.inverses_due = True
 
-    def _update_statistics(
-        self, collected: bool, grads: list[Tensor], burning: bool
-    ) -> list[str]:
-        """Update the factors where due; return where there is a NaN or an Inf."""
-        estimator = self.estimator
-        if not collected:
-            estimator.reset()
-            return []
-        norms = torch._foreach_norm(grads)
-        flags = [norm.isfinite().to(norms[0].device) for norm in norms]
-        finite = torch.stack(flags).all() if flags else None
-        return estimator.update_covariances(finite, decay=1.0 if burning else None)
+    def _set_unit(self, unit: float | None) -> None:
+        """Bring a relative damping to units of the Fisher, where they are known."""
+        self.damping_unit, self._damping = unit, self._given_damping
+        if unit is not None and isinstance(self._given_damping, RelativeDamping):
+            self._damping = self._given_damping.absolute(unit)
+        if isinstance(self._damping, LevenbergMarquardt) and self._updates.rule is not None:
+            self._updates.rule = self._damping
 
     def _update_inverses(self) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""
-        estimator = self.estimator
-        blocks = estimator.blocks.values()
-        if not any(block.has_statistics for block in blocks):
-            raise RuntimeError(
-                "KFAC.step(): there are no statistics yet. Expected a call of the model "
-                "given to KFAC (model(x), not model.forward(x)), in training mode and with "
-                "gradients enabled, and its backward, between constructing the optimizer "
-                "and the first step(), and of its layers: not under torch.vmap or "
-                "functional_call. Where torch.compile(model) is called, give KFAC the "
-                "compiled module; a torch.utils.checkpoint hides its layers unless "
-                "use_reentrant=False"
-            )
-        for block in blocks:
-            block.follow_params()
-        early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
+        due = self._schedule.refresh_due
         for attempt in range(_MAX_ADAPTATIONS):
-            if not (self._inverses_due or early):
+            if not due:
                 return
             try:
-                estimator.update_inverses()
-                self._inverses_due = early = False
+                self.estimator.update_inverses()
+                self._schedule.inverses_due = due = False
             except torch.linalg.LinAlgError:
                 if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
                     raise
@@ -349,26 +416,32 @@ class KFAC(torch.optim.Optimizer):
 
     def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
         """Move the parameters; return what is not finite, if anything: nothing moves."""
-        self._updates.num_steps = self._num_steps
-        group, rule = self.param_groups[0], self._updates.rule
+        self._updates.num_steps = self._schedule.num_steps
+        self._schedule.check_statistics("KFAC")
+        group = self.param_groups[0]
+        if isinstance(self._damping, RelativeDamping):
+            self._set_unit(mean_curvature(self.estimator.blocks.values()))
+            group["damping"] = damping_at(self._damping, self._schedule.num_steps)
         if callable(self._damping):
-            group["damping"] = damping_at(self._damping, self._num_steps)
+            group["damping"] = damping_at(self._damping, self._schedule.num_steps)
+        rule = self._updates.rule
         if not params:
             self._update_inverses()
             return []
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        due = rule is not None and (self._num_steps + 1) % rule.interval == 0
-        step = self._updates.propose(params, grads, with_prediction=due)
+        due = rule is not None and (self._schedule.num_steps + 1) % rule.interval == 0
+        step = self._updates.propose(params, grads, due, trial)
         self._announce_others(params)
         if not step.finite:
             return ["the gradient"]
+        trial.step = step
         torch._foreach_add_(step.params, step.deltas)
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
         self.last_step = StepRecord(
-            step=self._num_steps,
+            step=self._schedule.num_steps,
             lr=step.lr,
             momentum=step.momentum,
             damping=group["damping"],
@@ -389,14 +462,16 @@ class KFAC(torch.optim.Optimizer):
         group, last = self.param_groups[0], 0.0
         for _ in range(_MAX_ADAPTATIONS):
             self._update_inverses()
-            step = self._updates.propose(params, grads, with_prediction=True)
+            step = self._updates.propose(params, grads, True, trial)
             if not step.finite:
                 return
             try:
                 torch._foreach_add_(step.params, step.deltas)
-                _, rho = trial.judge(step.prediction(), rule)
+                _, rho = trial.judge(step, rule)
             finally:
                 torch._foreach_copy_(params, before)
+            if rho is None:
+                return
             old = group["damping"]
             new = rule.update(old, rho)
             if (new - old) * last < 0:
@@ -413,19 +488,8 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: a sparse one.
         """
-        params, grads = [], []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"parameter {self._names.get(p, '?')}: expected a dense gradient, "
-                        f"got {p.grad.layout}; construct its layer with sparse=False"
-                    )
-                params.append(p)
-                grads.append(p.grad)
-        return params, grads
+        params = (p for group in self.param_groups for p in group["params"])
+        return dense_gradients(params, self._names)
 
     # Messages.
 
@@ -457,133 +521,26 @@ class KFAC(torch.optim.Optimizer):
 
     # State.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resumes the run bit for bit, taken between two steps."""
-        own = {
-            "version": _STATE_VERSION,
-            "momentum_type": self._momentum_type,
-            "num_steps": self._num_steps,
-            "num_burnt": self._num_burnt,
-            "calibrated": self._calibrated,
-            "skipped_steps": self.skipped_steps,
-            "collecting": self.estimator.collecting,
-            "inverses_due": self._inverses_due,
-            "estimator": self.estimator.state_dict(),
+    def _options(self) -> dict[str, Any]:
+        number = isinstance(self._given_damping, float | int)
+        return {
+            **self._updates.options,
+            "damping": "a number" if number else self._given_damping,
+            **self._schedule.options,
         }
-        return {**super().state_dict(), "kfac": own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, into an optimizer constructed alike.
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
+            **self._schedule.state_dict(),
+            "adapts": self._updates.rule is not None,
+            "last_step": self.last_step and dict(vars(self.last_step)),
+        }
 
-        Raises:
-            ValueError: the state of another optimizer or model; nothing is changed then.
-        """
-        own = state_dict.get("kfac")
-        if own is None or own["version"] != _STATE_VERSION:
-            found = "no K-FAC state" if own is None else f"version {own['version']}"
-            raise ValueError(
-                f"KFAC.load_state_dict: expected K-FAC state of version {_STATE_VERSION}, "
-                f"got {found}"
-            )
-        if own["momentum_type"] != self._momentum_type:
-            raise ValueError(
-                f"KFAC.load_state_dict: expected momentum_type={self._momentum_type!r} in "
-                f"the state, got {own['momentum_type']!r}"
-            )
-        self.estimator.check_state_dict(own["estimator"])
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
-        device = self.param_groups[0]["params"][0].device
-        self.estimator.load_state_dict(own["estimator"], device)
-        self._num_steps = own["num_steps"]
-        self._num_burnt = own["num_burnt"]
-        self._calibrated = own["calibrated"]
-        self.skipped_steps = own["skipped_steps"]
-        self.estimator.collecting = own["collecting"]
-        self._inverses_due = own["inverses_due"]
-
-
-def _param_groups(
-    params: Iterable[Tensor],
-    layers: LayerCollection,
-    lr: float | None,
-    momentum: float | None,
-) -> list[dict[str, Any]]:
-    """Return a group of what has a block, and one for every rule that moves the others.
-
-    Frozen parameters too: they are left alone while they have no gradient. Those that are
-    excluded are in none.
-    """
-    owned = set(layers.registered_variables)
-    groups: list[dict[str, Any]] = [{"params": []}]
-    by_rule: dict[str, list[Tensor]] = {}
-    for p in params:
-        if p in owned:
-            groups[0]["params"].append(p)
-        elif not layers.is_excluded(p):
-            by_rule.setdefault(layers.plain_rule(p), []).append(p)
-    for rule, others in sorted(by_rule.items()):
-        options = plain_options(rule, lr, MOMENTUM if momentum is None else momentum)
-        groups.append({"params": others, **options})
-    return groups
-
-
-@contextmanager
-def _loss_taken_back(
-    layers: LayerCollection, loss: str | nn.Module | LossFactory | None
-) -> Iterator[None]:
-    """Leave the user's collection as it was, where a constructor fails."""
-    try:
-        yield
-    except (ValueError, NotImplementedError):
-        if loss is not None:
-            layers.registered_losses.pop()
-        raise
-
-
-def _complete(
-    layers: LayerCollection | None,
-    model: nn.Module,
-    loss: str | nn.Module | LossFactory | None,
-    output: Output,
-    approx: str | Mapping[Any, str] | Layers | None,
-) -> LayerCollection:
-    """Return a collection of the model with layers and losses.
-
-    Raises:
-        ValueError: no supported layer, or not exactly one of `loss` and losses that are
-            registered, or the collection of another model.
-    """
-    if layers is None:
-        layers = LayerCollection(model)
-        choices = approx if isinstance(approx, Layers) else Layers(approx=approx)
-        layers.auto_register_layers(layers=choices)
-    elif approx is not None:
-        raise ValueError(
-            "approx: expected no layer_collection= beside it, which has the approximations "
-            f"already, got approx={approx!r}; use auto_register_layers(layers=...)"
-        )
-    elif not isinstance(layers, LayerCollection):
-        raise TypeError(
-            f"layer_collection: expected a LayerCollection, got {type(layers).__name__}"
-        )
-    elif layers.model is not model:
-        raise ValueError(
-            "layer_collection: expected a collection of the model given to KFAC, got one "
-            f"of another {type(layers.model).__name__}"
-        )
-    if not layers.blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no layer that K-FAC supports: expected an "
-            "nn.Linear, a convolution, an embedding, a normalisation or another layer of "
-            "registration.KINDS with a trained weight; left alone: "
-            f"{layers.left_alone or 'nothing'}"
-        )
-    if (loss is None) == (not layers.registered_losses):
-        given = "neither" if loss is None else "both"
-        raise ValueError(
-            f"loss: expected either loss= or losses registered in layer_collection, got "
-            f"{given}"
-        )
-    if loss is not None:
-        layers.register_loss_function(loss, output)
-    return layers
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        for name in _KEPT:
+            setattr(self, name, own[name.lstrip("_")])
+        self._schedule.load_state_dict(own)
+        self.last_step = own["last_step"] and StepRecord(**own["last_step"])
+        self._updates.restore_rule(own["adapts"])
+        self._set_unit(own["damping_unit"])

@@ -1,7 +1,9 @@
 """The options of `KFAC`: which values are allowed, and what each default stands for.
 
-A default may depend on the momentum type: the step of the quadratic model needs neither a
-learning rate nor a limit. Left out: anything that is done with them.
+Without an `lr` all is automatic: step size and momentum are those of the quadratic model
+on part of the batch, a trust region limits the step, and λ adapts, in units of the mean
+curvature at the start. With an `lr` the defaults are the classic ones. A default may also
+depend on the momentum type. Left out: anything that is done with them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .damping import LevenbergMarquardt, check_damping
+from .damping import LevenbergMarquardt, RelativeDamping, check_damping
 from .fisher_factors.base import check_choice
 
 MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
@@ -29,43 +31,107 @@ class QModel:
             (0, 1]; 1 is exact. Every k-th example, `k = 1/batch_fraction` rounded, of
             every tensor the model is called with whose first dimension is the batch,
             from a start that moves on with each step.
+        min_terms: loss terms that are left at least, where the batch has so many; k is
+            smaller for that.
+        max_momentum: the momentum found is from 0 to this; None for no bounds.
 
     Raises:
-        ValueError: `batch_fraction` out of range.
+        ValueError: a value out of range.
 
-    >>> QModel(batch_fraction=0.25).stride
+    >>> QModel(batch_fraction=0.25).stride(1000)
     4
+    >>> QModel(batch_fraction=0.25, min_terms=400).stride(1000)
+    2
     """
 
     fixed_momentum: bool = False
     batch_fraction: float = 1.0
+    min_terms: int = 1
+    max_momentum: float | None = None
 
     def __post_init__(self) -> None:
+        check_count("QModel: min_terms", self.min_terms, 1)
         if not 0 < self.batch_fraction <= 1:
             raise ValueError(
                 "QModel: batch_fraction: expected a number in (0, 1], got "
                 f"{self.batch_fraction!r}"
             )
+        if self.max_momentum is not None and not self.max_momentum >= 0:
+            raise ValueError(
+                f"QModel: max_momentum: expected a number >= 0, got {self.max_momentum!r}"
+            )
 
     @property
-    def stride(self) -> int:
-        """`k`: one example in so many is used."""
-        return round(1 / self.batch_fraction)
+    def name(self) -> str:
+        """The momentum type."""
+        return "qmodel_fixedmu" if self.fixed_momentum else "qmodel"
+
+    def stride(self, num_terms: float) -> int:
+        """`k`: one example in so many of a batch with `num_terms` loss terms is used."""
+        return max(1, min(round(1 / self.batch_fraction), int(num_terms // self.min_terms)))
 
 
-def name_and_stride(momentum_type: str | QModel) -> tuple[str, int]:
-    """Return the name of a momentum type, and one in how many examples its model is of.
+@dataclass(frozen=True, kw_only=True)
+class TrustRegion:
+    """A limit on the whole step by the exact undamped Fisher: `δᵀFδ <= fraction · L`.
 
-    >>> name_and_stride(QModel(fixed_momentum=True)), name_and_stride("adam")
-    (('qmodel_fixedmu', 1), ('adam', 1))
+    Args:
+        fraction: a positive number.
+        unit: `L`, in units of the mean loss; None for the loss of the batch itself. Of a
+            loss that goes below 0, like that of a normal distribution with a variance of
+            its own, it is the part that does not; of any convex loss what a Newton step of
+            the network outputs alone would gain, which no offset changes. Where only a
+            closure tells the loss, it is the absolute value of that.
+
+    Raises:
+        ValueError: a number that is not positive.
     """
-    if not isinstance(momentum_type, QModel):
-        return momentum_type, 1
-    name = "qmodel_fixedmu" if momentum_type.fixed_momentum else "qmodel"
-    return name, momentum_type.stride
+
+    fraction: float = 0.05
+    unit: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("fraction", "unit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"TrustRegion: {name}: expected a positive number, got {value!r}"
+                )
 
 
-Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
+AbsoluteDamping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
+Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
+
+
+def automatic() -> QModel:
+    """Return the momentum type of an optimizer that was given no `lr`."""
+    return QModel(batch_fraction=0.25, min_terms=256, max_momentum=0.95)
+
+
+def resolve(
+    lr: float | None,
+    momentum_type: str | QModel | None,
+    damping: Damping | None,
+    norm_constraint: float | str | TrustRegion | None,
+) -> tuple[QModel | str, Damping, float | str | TrustRegion | None]:
+    """Return the momentum type, damping and limit that are meant, defaults filled in.
+
+    >>> resolve(0.1, None, 1e-2, "auto")
+    ('regular', 0.01, 'auto')
+    >>> resolve(None, None, None, "auto")[2]
+    TrustRegion(fraction=0.05, unit=None)
+    """
+    is_automatic = momentum_type is None and lr is None
+    if momentum_type is None:
+        momentum_type = automatic() if is_automatic else "regular"
+    elif momentum_type in ("qmodel", "qmodel_fixedmu"):
+        momentum_type = QModel(fixed_momentum=momentum_type == "qmodel_fixedmu")
+    if damping is None:
+        modelled = isinstance(momentum_type, QModel)
+        damping = RelativeDamping() if modelled else RelativeDamping(0.1)
+    if is_automatic and norm_constraint == "auto":
+        norm_constraint = TrustRegion()
+    return momentum_type, damping, norm_constraint
 
 
 def group_options(
@@ -75,7 +141,7 @@ def group_options(
     damping: Damping,
     momentum: float | None,
     weight_decay: float,
-    norm_constraint: float | str | None,
+    norm_constraint: float | str | TrustRegion | None,
 ) -> dict[str, Any]:
     """Return the options of a param group, defaults filled in.
 
@@ -85,16 +151,23 @@ def group_options(
     >>> group_options(momentum_type="qmodel", lr=None, damping=0.1, momentum=None,
     ...     weight_decay=0.0, norm_constraint="auto")
     {'lr': None, 'damping': 0.1, 'momentum': 0.0, 'weight_decay': 0.0,
-     'norm_constraint': None}
+     'norm_constraint': None, 'trust_region': None}
     """
     check_choice("momentum_type", momentum_type, MOMENTUM_TYPES)
     modelled = momentum_type.startswith("qmodel")
     free = momentum_type == "qmodel"
     if momentum is None:
         momentum = 0.0 if free else MOMENTUM
-    if norm_constraint == "auto":
-        norm_constraint = None if modelled else NORM_CONSTRAINT
-    limit = norm_constraint
+    limit, region = norm_constraint, None
+    if isinstance(limit, TrustRegion):
+        if not modelled:
+            raise ValueError(
+                "norm_constraint: TrustRegion: expected a momentum type with the quadratic "
+                f"model, which knows the exact norm, got {momentum_type!r}"
+            )
+        limit, region = None, limit.fraction
+    if limit == "auto":
+        limit = None if modelled else NORM_CONSTRAINT
     for name, value, good, expected in (
         (
             "lr",
@@ -116,7 +189,7 @@ def group_options(
             "norm_constraint",
             limit,
             limit is None or (isinstance(limit, float | int) and limit > 0),
-            'a positive number or None, or "auto"',
+            'a positive number or None, a TrustRegion or "auto"',
         ),
     ):
         if not good:
@@ -126,16 +199,21 @@ def group_options(
         "damping": damping_at(damping, 0),
         "momentum": momentum,
         "weight_decay": weight_decay,
-        "norm_constraint": norm_constraint,
+        "norm_constraint": limit,
+        "trust_region": region,
     }
 
 
-def damping_at(damping: Damping, step: int) -> float:
+def damping_at(damping: Damping, step: int) -> float | None:
     """Return λ at a step: of a schedule, of a rule at its start, or the number itself.
+
+    None where it is relative, its unit not known yet.
 
     Raises:
         ValueError: it is negative or not finite.
     """
+    if isinstance(damping, RelativeDamping):
+        return None
     if isinstance(damping, LevenbergMarquardt):
         return damping.initial
     return check_damping(damping(step) if callable(damping) else damping)

@@ -7,18 +7,21 @@ at the output, `N` the loss terms, `λ` the damping, `ℓ` the coefficient of a 
 
     M(w) = gᵀD w + ½ wᵀ (A + (ℓ + λ) DᵀD) w,     A = (1/N) (Bᵀ J D)ᵀ (Bᵀ J D)
 
-`A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass a
-direction, no backward. With `D = [p, δ_prev]` the minimiser is the step of Martens &
-Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The weights are solved for in float64
-where the device has it, since the two directions tend to be nearly parallel. Left out:
-which directions (the optimizer's business), and how `λ` follows (`damping.py`).
+`A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass for
+all directions, or one each where an operation cannot do that, and no backward; an
+operation without a forward mode is differentiated backward twice. With `D = [p, δ_prev]`
+the minimiser is the step of Martens & Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7.
+The weights are solved for in float64 where the device has it, since the two directions
+tend to be nearly parallel. Left out: which directions (the optimizer's business), and how
+`λ` follows (`damping.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,8 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .fused import ComputeByParts
 from .loss_functions import LossFunction
 
 Losses: TypeAlias = Callable[[Any], list[tuple[LossFunction, float]]]
@@ -64,7 +69,12 @@ class QuadraticModel:
         """Return `A + damping DᵀD`."""
         return self.curvature + damping * self.norms
 
-    def minimize(self, damping: float, momentum: float | None = None) -> Tensor:
+    def minimize(
+        self,
+        damping: float,
+        momentum: float | None = None,
+        max_momentum: float | None = None,
+    ) -> Tensor:
         """Return the weights `w [k]` at the minimum.
 
         Where the second direction is 0 or parallel to the first, its weight is 0; where
@@ -73,13 +83,21 @@ class QuadraticModel:
         Args:
             damping: `λ + ℓ`.
             momentum: a fixed weight of the second direction; None to solve for it.
+            max_momentum: the minimum is then that with the second weight from 0 to this;
+                None for no bounds.
         """
         C, b = self.matrix(damping), self.slopes
         if len(b) == 1:
             return _quotient(-b, C[0])
         if momentum is not None:
-            step = _quotient(-(b[0] + C[0, 1] * momentum), C[0, 0])
-            return torch.stack([step, torch.full_like(step, momentum)])
+            return _with_second(C, b, torch.full_like(b[0], momentum))
+        free = self._free_minimum(C, b)
+        if max_momentum is None:
+            return free
+        return _with_second(C, b, free[1].clamp(0.0, max_momentum))
+
+    @staticmethod
+    def _free_minimum(C: Tensor, b: Tensor) -> Tensor:
         determinant = C[0, 0] * C[1, 1] - C[0, 1] ** 2
         # 1 - cos² of the angle between the directions: below, rounding decides.
         regular = determinant > 1e-12 * C[0, 0] * C[1, 1]
@@ -98,6 +116,11 @@ class QuadraticModel:
     def squared_norm(self, weights: Tensor, damping: float) -> Tensor:
         """Return `δᵀ(F + damping I)δ`, 0-dim, never negative."""
         return (weights @ self.matrix(damping) @ weights).clamp(min=0)
+
+
+def _with_second(C: Tensor, b: Tensor, second: Tensor) -> Tensor:
+    """The minimum over the first weight alone."""
+    return torch.stack([_quotient(-(b[0] + C[0, 1] * second), C[0, 0]), second])
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -173,15 +196,16 @@ def fisher_products(
     terms: list[Tensor | float] = []
     weights_of = itertools.chain(weights, itertools.repeat(()))
     for forward, some in zip(forwards, weights_of, strict=False):
-        passes = [_factor_products(forward, losses, params, d, some) for d in directions]
-        for j, columns in enumerate(zip(*passes, strict=True)):
-            gram = products([[column] for column, _ in columns])
+        for j, (columns, count) in enumerate(
+            _factor_products(forward, losses, params, directions, some)
+        ):
+            gram = products([[column] for column in columns])
             if j == len(sums):
                 sums.append(gram)
-                terms.append(columns[0][1])
+                terms.append(count)
             else:
                 sums[j] += gram
-                terms[j] += columns[0][1]
+                terms[j] += count
     if not sums:
         raise ValueError(
             "the quadratic model needs the forward that the gradient is of: expected a "
@@ -202,42 +226,177 @@ def _factor_products(
     forward: Callable[[Mapping[str, Tensor]], Any],
     losses: Losses,
     params: Mapping[str, Tensor],
-    direction: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
     weights: Sequence[TermWeights],
-) -> list[tuple[Tensor, Tensor | float]]:
-    """`√coeff Bᵀ J d` and the number of loss terms, for each loss."""
-    with forward_ad.dual_level():
+) -> list[tuple[Sequence[Tensor], Tensor | float]]:
+    """`√coeff Bᵀ J d` of every direction, and the number of loss terms, for each loss."""
+    try:
+        if len(directions) == 1:
+            found = _one_by_one(forward, losses, params, directions)
+        else:
+            found = _together(forward, losses, params, directions)
+    except (NotImplementedError, RuntimeError):
+        # An operation that cannot do several at once, or not at all: this says which.
+        found = _one_by_one(forward, losses, params, directions)
+    result = list[tuple[Sequence[Tensor], Tensor | float]]()
+    weights = [*weights, *[None] * (len(found) - len(weights))]
+    # Here the losses have no tangents any more.
+    for (loss, coeff, tangents), weight in zip(found, weights, strict=True):
+        columns = [coeff**0.5 * loss.multiply_fisher_factor_transpose(t) for t in tangents]
+        if weight is not None:
+            columns = [weight[0].sqrt() * column for column in columns]
+        result.append((columns, loss.num_terms if weight is None else weight[1]))
+    return result
+
+
+Tangents: TypeAlias = "list[tuple[LossFunction, float, Sequence[Tensor]]]"
+"""Every loss at the network output, its weight, and `J d` there for each direction."""
+
+
+def _together(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
+) -> Tangents:
+    """One pass with all directions: what does not depend on them is computed once."""
+    found = list[tuple[LossFunction, float]]()
+
+    def outputs(q: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with _differentiable_kernels():
+            found[:] = losses(forward(q))
+        return tuple(loss.inputs for loss, _ in found)
+
+    primals = {name: p.detach() for name, p in params.items()}
+    stacked = {
+        name: torch.stack([d[name].to(p.dtype) for d in directions])
+        for name, p in primals.items()
+    }
+    out_dims: Any = (None, 0)  # the stubs know no None
+    jvp: Any = torch.vmap(
+        lambda direction: torch.func.jvp(outputs, (primals,), (direction,)),
+        out_dims=out_dims,
+        randomness="same",
+    )
+    zs, tangents = jvp(stacked)
+    return [
+        (loss.at(z), coeff, tangent)
+        for (loss, coeff), z, tangent in zip(found, zs, tangents, strict=True)
+    ]
+
+
+def _one_by_one(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
+) -> Tangents:
+    passes = [_pass(forward, losses, params, direction) for direction in directions]
+    return [
+        (columns[0][0], columns[0][1], [tangent for _, _, tangent in columns])
+        for columns in zip(*passes, strict=True)
+    ]
+
+
+def _pass(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> list[tuple[LossFunction, float, Tensor]]:
+    try:
+        return _forward_mode(forward, losses, params, direction)
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("forward AD", "forward mode AD", "jvp")):
+            raise
+        try:
+            return _twice_backward(forward, losses, params, direction)
+        except (NotImplementedError, RuntimeError) as other:
+            raise RuntimeError(
+                "the quadratic model differentiates the network in forward mode, or twice "
+                f"backward, and one of its operations has neither: {error}; {other}. "
+                'Expected one that has: use another, or a fixed lr with "regular" momentum'
+            ) from error
+
+
+def _forward_mode(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> list[tuple[LossFunction, float, Tensor]]:
+    with forward_ad.dual_level(), _differentiable_kernels():
         duals = {
             name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype))
             for name, p in params.items()
         }
-        try:
-            output = forward(duals)
-        except (NotImplementedError, RuntimeError) as error:
-            if not any(sign in str(error) for sign in ("forward AD", "forward mode AD")):
-                raise
-            raise RuntimeError(
-                "the quadratic model differentiates the network in forward mode, which one "
-                f"of its operations does not have: {error}. Expected one that has: use "
-                'another, or momentum_type="regular"'
-            ) from error
-        found = [
-            (loss, coeff, forward_ad.unpack_dual(loss.inputs).tangent)
-            for loss, coeff in losses(output)
-        ]
-    result = list[tuple[Tensor, Tensor | float]]()
-    weights = [*weights, *[None] * (len(found) - len(weights))]
-    # Here the losses have no tangents any more.
-    for (loss, coeff, tangent), weight in zip(found, weights, strict=True):
-        if tangent is None:  # this output depends on none of the parameters
-            tangent = torch.zeros_like(loss.inputs)
-        column = loss.multiply_fisher_factor_transpose(tangent)
-        column = column if coeff == 1 else coeff**0.5 * column
-        if weight is None:
-            result.append((column, loss.num_terms))
-        else:
-            result.append((weight[0].sqrt() * column, weight[1]))
+        result = list[tuple[LossFunction, float, Tensor]]()
+        for loss, coeff in losses(forward(duals)):
+            z, tangent = forward_ad.unpack_dual(loss.inputs)
+            assert z is not None
+            # An output may depend on none of the parameters.
+            tangent = torch.zeros_like(z) if tangent is None else tangent
+            result.append((loss.at(z), coeff, tangent))
     return result
+
+
+def _twice_backward(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> list[tuple[LossFunction, float, Tensor]]:
+    """`J d`, the derivative by `u` of `uᵀ J d`, where an operation has no forward mode."""
+    with torch.enable_grad(), _differentiable_kernels():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        result = list[tuple[LossFunction, float, Tensor]]()
+        for loss, coeff in losses(forward(leaves)):
+            z, u = loss.inputs, torch.zeros_like(loss.inputs, requires_grad=True)
+            tangent = torch.zeros_like(z)
+            along = _along(z, leaves, direction, u)
+            if along is not None:
+                (tangent,) = torch.autograd.grad(along, u, retain_graph=True)
+                _check_tangent(z, leaves, direction, tangent)
+            result.append((loss.at(z.detach()), coeff, tangent.detach()))
+    return result
+
+
+def _along(
+    z: Tensor, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor], u: Tensor
+) -> Tensor | None:
+    """`uᵀ J d`, 0-dim; None where `z` depends on none of the leaves."""
+    if not z.requires_grad:
+        return None
+    inputs = list(leaves.values())
+    grads = torch.autograd.grad(z, inputs, u, create_graph=True, allow_unused=True)
+    terms = [
+        (grad * direction[name].to(grad)).sum()
+        for name, grad in zip(leaves, grads, strict=True)
+        if grad is not None
+    ]
+    return torch.stack(terms).sum() if terms else None
+
+
+def _check_tangent(
+    z: Tensor,
+    leaves: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    tangent: Tensor,
+) -> None:
+    """Hold `J d` to a single backward: an operation may drop its second in silence."""
+    w = torch.arange(z.numel(), dtype=z.dtype, device=z.device).cos().view(z.shape)
+    expected = _along(z, leaves, direction, w)
+    assert expected is not None
+    error = ((w * tangent).sum() - expected).abs()
+    if error > torch.finfo(z.dtype).eps ** 0.5 * w.norm() * tangent.norm() + 1e-30:
+        raise RuntimeError("an operation cannot be differentiated twice")
+
+
+@contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Use kernels that have a forward mode, which fused ones have not."""
+    with sdpa_kernel(SDPBackend.MATH), ComputeByParts(lambda part, a, s: s):
+        yield
 
 
 def rerun(

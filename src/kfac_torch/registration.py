@@ -144,7 +144,9 @@ def find_layers(
     }
     done = set(taken)
     for module in root.modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        # Attention has parameters of a layer inside, which is not called.
+        whole = isinstance(module, _FUSED) and kind_of(module) is not None
+        own = [p for p in module.parameters(recurse=whole) if p.requires_grad]
         if not own or done.intersection(map(id, own)):
             continue
         if id(module) in inside:

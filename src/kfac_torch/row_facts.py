@@ -177,7 +177,7 @@ def expectation(block: FisherBlock, facts: RowFacts | None) -> tuple[bool, str]:
         if len(block.factors) == 1:
             return True, f"the {kind}, summed over the rows of every example"
         return False, "nothing is known of this block"
-    left, right = block.factors
+    left, right = block.factors[:2]
     if isinstance(left, ConvInputSUAKroneckerFactor):
         return False, "activations are taken as spatially uncorrelated"
     convolution = isinstance(left, ConvInputKroneckerFactor)

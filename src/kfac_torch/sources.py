@@ -175,8 +175,8 @@ class BatchMoments:
                 grad_covs = [cov * (rows / reached) for cov in grad_covs]
                 rows = reached
             covs = [*block.input_moments(inputs), *grad_covs]
-            uses = block.num_uses(inputs)
-            result[name] = [Moment(cov, rows, self._num_terms, uses) for cov in covs]
+            about = self._num_terms, block.num_uses(inputs), block.basis_version
+            result[name] = [Moment(cov, rows, *about) for cov in covs]
         return result
 
     def _num_rows(self, block: FisherBlock, used: set[int] | tuple[int, ...]) -> float:
@@ -208,6 +208,17 @@ def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> li
         p.new_zeros(S, *p.shape) if grad is None else grad
         for grad, p in zip(grads, params, strict=True)
     ]
+
+
+def with_random_signs(columns: Tensor, generator: torch.Generator) -> Tensor:
+    """Give every example of a column `[J, N, ...]` a random sign.
+
+    Nothing changes where examples do not interact. Where they do (batch statistics, rows
+    that all of them share), their cross terms then have the mean zero.
+    """
+    shape = (*columns.shape[:2], *[1] * (columns.dim() - 2))
+    signs = torch.randint(2, shape, generator=generator, device=columns.device)
+    return columns * (2 * signs - 1)
 
 
 def column_chunks(loss: LossFunction) -> Iterator[range]:

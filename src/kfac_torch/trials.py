@@ -1,22 +1,28 @@
-"""`Trial`: evaluate a closure, and again at other parameters without a trace.
+"""`Trial`: the loss of a step's batch, and at other parameters without a trace.
 
 The reduction ratio of Levenberg and Marquardt compares the loss of one batch before and
 after a step. The second evaluation has the random numbers of the first (a dropout mask
 stays as it was), and leaves gradients, buffers, random state and statistics as it found
-them. Left out: where the parameters are, and what follows from the ratio.
+them. With a closure it is a call of that; without one the model is run again on what it
+was called with, and the gradient at its output stands for the targets (`batch_loss.py`).
+Left out: where the parameters are, and what follows from the ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import random_state, set_random_state
+from .batch_loss import BatchLoss
+from .capture import random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
+from .quadratic_model import products, rerun
+from .steps import Step
 
 
 class Trial:
@@ -27,9 +33,6 @@ class Trial:
         estimator: of the Fisher.
         closure: what `step` was given.
         adapts: whether losses are going to be compared.
-
-    Raises:
-        ValueError: they are, and there is no closure.
     """
 
     def __init__(
@@ -39,17 +42,14 @@ class Trial:
         closure: Callable[[], Any] | None,
         adapts: bool,
     ) -> None:
-        if adapts and closure is None:
-            raise ValueError(
-                "KFAC.step(): damping=LevenbergMarquardt(...) evaluates the loss again "
-                "after a step: expected step(closure), with a closure that clears the "
-                "gradients, calls the model and backward, and returns the loss; got none"
-            )
         self._model = model
         self._estimator = estimator
         self._closure = closure
         self._adapts = adapts
         self._value: Any = None
+        self._device = next(model.parameters()).device
+        self.batch = BatchLoss([])
+        self.step: Step | None = None
         self.num_terms: float = 1
 
     def first(self) -> Any:
@@ -57,7 +57,6 @@ class Trial:
         if self._closure is None:
             return None
         if self._adapts:
-            self._device = next(self._model.parameters()).device
             self._random_state = random_state(self._device)
         try:
             with torch.enable_grad():
@@ -72,25 +71,79 @@ class Trial:
         return self._value
 
     @property
+    def can_judge(self) -> bool:
+        """Whether there is anything to judge a step by."""
+        if self._closure is not None:
+            return True
+        known = [forward.root is not None for forward in self.batch.forwards]
+        return bool(known) and all(known)
+
+    @property
+    def tells_change(self) -> bool:
+        """Whether the loss is one that `judge` knows the change of."""
+        return self._closure is not None or self.batch.tells_change()
+
+    @property
     def loss(self) -> Tensor | float | None:
-        """What `first` returned, per loss term; None if that is not one number."""
+        """What `first` returned, per loss term; None if that is not one number.
+
+        Without a closure the loss that the gradient tells.
+        """
+        if self._closure is None:
+            return self.batch.value()
         one = isinstance(self._value, float) or (
             isinstance(self._value, Tensor) and self._value.numel() == 1
         )
         return check_evaluation(self._value) / self.num_terms if one else None
 
     def judge(
-        self, predicted_change: Tensor, rule: LevenbergMarquardt
-    ) -> tuple[Tensor | float, float]:
-        """Return the loss at the parameters as they are now, and `ρ`; reads the host."""
-        old = self.loss
-        assert old is not None
-        new = check_evaluation(self._again()) / self.num_terms
-        both = torch.stack(
-            [torch.as_tensor(x).to(predicted_change) for x in (new - old, predicted_change)]
-        )
-        actual, predicted = both.tolist()
-        return new, rule.ratio(actual, predicted)
+        self,
+        step: Step,
+        rule: LevenbergMarquardt,
+    ) -> tuple[Tensor | float | None, float | None]:
+        """Return the loss where a step has led to, and `ρ`; reads the host.
+
+        `ρ` is None where the scale of the gradient is not known, and with it the loss.
+        """
+        old, predicted_change = self.loss, step.prediction()
+        scale: Tensor | float | None = self.batch.scale
+        if self._closure is None:
+            actual = self._told_change()
+            if rule.l2_reg:  # ℓ/2 (‖θ + δ‖² − ‖θ‖²), which the network output knows not
+                gram = products([step.params, step.deltas])
+                actual = actual + rule.l2_reg * (gram[0, 1] - 0.5 * gram[1, 1]).to(actual)
+            new = None if old is None else old + actual
+        else:
+            assert old is not None
+            new = check_evaluation(self._again()) / self.num_terms
+            actual, scale = new - old, None
+        read = (actual, predicted_change, 1.0 if scale is None else scale)
+        numbers = torch.stack([torch.as_tensor(x).to(predicted_change) for x in read])
+        change, predicted, known = numbers.tolist()
+        return new, None if math.isnan(known) else rule.ratio(change, predicted)
+
+    def _told_change(self) -> Tensor:
+        now = random_state(self._device)
+        try:
+            with torch.no_grad():
+                change = self.batch.change(self._outputs())
+        finally:
+            set_random_state(now, self._device)
+        assert change is not None
+        return change
+
+    def _outputs(self) -> Iterator[list[Tensor]]:
+        """The network outputs of every forward at the parameters as they are now."""
+        for forward in self.batch.forwards:
+            call = forward.root
+            assert call is not None
+            set_random_state(call.random_state, self._device)
+            run = rerun(uncompiled(self._model), call.args, call.kwargs)
+            with torch.autocast(
+                self._device.type, dtype=call.autocast, enabled=call.autocast is not None
+            ):
+                output = run({})
+            yield [z for _, z in self._estimator.layers.network_outputs(output)]
 
     def _again(self) -> Any:
         estimator, capture = self._estimator, self._estimator.capture

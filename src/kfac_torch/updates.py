@@ -10,22 +10,22 @@ take a step, and whether (the optimizer's business).
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import random_state, set_random_state, uncompiled
-from .damping import LevenbergMarquardt
+from .capture import RootCall, random_state, set_random_state, uncompiled
+from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
-from .options import Damping
+from .options import Damping, QModel, TrustRegion
 from .plain_updates import plain_options, propose_plain
+from .preconditioning import limit_norm, precondition, ready_blocks
 from .quadratic_model import (
     QuadraticModel,
     TermWeights,
@@ -34,59 +34,8 @@ from .quadratic_model import (
     products,
     rerun,
 )
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step did; tensors are left on their device, None is what was not computed.
-
-    Args:
-        step: its number, from 0, burn-in steps not counted.
-        lr: `η`, or `−α η` of the quadratic model.
-        momentum: `μ`, or the one found by the quadratic model.
-        damping: λ that was used.
-        loss: what the closure returned, per loss term.
-        new_loss: the same after the step.
-        predicted_change: of the loss, by the quadratic model.
-        rho: the change of the loss over the predicted one.
-    """
-
-    step: int
-    lr: Tensor | float
-    momentum: Tensor | float
-    damping: float
-    loss: Tensor | float | None = None
-    new_loss: Tensor | float | None = None
-    predicted_change: Tensor | None = None
-    rho: float | None = None
-
-
-@dataclass
-class Step:
-    """A step that is proposed; nothing has changed yet.
-
-    Args:
-        params: what moves.
-        deltas: `δ`, by parameter.
-        memory: what to remember of the step, by parameter.
-        finite: whether there is neither a NaN nor an Inf in it; 0-dim.
-        lr: see `StepRecord`.
-        momentum: see `StepRecord`.
-        predicted_change: see `StepRecord`.
-    """
-
-    params: list[Tensor]
-    deltas: list[Tensor]
-    memory: list[dict[str, Any]]
-    finite: Tensor
-    lr: Tensor | float
-    momentum: Tensor | float
-    predicted_change: Tensor | None = None
-
-    def prediction(self) -> Tensor:
-        """Return the predicted change, which was asked for."""
-        assert self.predicted_change is not None
-        return self.predicted_change
+from .steps import Step
+from .trials import Trial
 
 
 class UpdateRule:
@@ -97,9 +46,9 @@ class UpdateRule:
         model: the root module.
         estimator: of the Fisher.
         names: of the parameters.
-        momentum_type: one of `MOMENTUM_TYPES`.
-        damping: as `KFAC` was given it.
-        stride: one in how many examples the quadratic model is of.
+        momentum_type: one of `MOMENTUM_TYPES`, or a `QModel`.
+        damping: as `KFAC` was given it, or what stands for None.
+        trust_region: if any; its fraction is a param group option.
 
     Raises:
         NotImplementedError: λ adapts, and an approximation has no product with `F̂`.
@@ -111,20 +60,23 @@ class UpdateRule:
         model: nn.Module,
         estimator: FisherEstimator,
         names: Mapping[Tensor, str],
-        momentum_type: str,
+        momentum_type: str | QModel,
         damping: Damping,
-        stride: int = 1,
+        trust_region: TrustRegion | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._model = model
         self._estimator = estimator
         self._names = names
-        self._momentum_type = momentum_type
-        self._stride = stride  # of the examples that the quadratic model is of
+        self._qmodel = momentum_type if isinstance(momentum_type, QModel) else None
+        self._momentum_type = self._qmodel.name if self._qmodel else momentum_type
+        self._unit_of_region = trust_region and trust_region.unit
         self.num_steps = 0
-        self.rule = damping if isinstance(damping, LevenbergMarquardt) else None
+        rule = damping.damping if isinstance(damping, RelativeDamping) else damping
+        self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
+        self._first_rule = self.rule
         self._undamped = False
-        estimator.capture.keep_forwards = self.modelled
+        estimator.capture.keep_forwards = self.modelled or self.rule is not None
         if self.rule and not self.modelled:
             self._ask_for_products()
 
@@ -139,9 +91,22 @@ class UpdateRule:
             ) from error
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What was chosen at construction and stays."""
+        return {
+            "momentum_type": self._momentum_type,
+            "quadratic_model": self._qmodel,
+            "unit of the trust region": self._unit_of_region,
+        }
+
+    def restore_rule(self, adapts: bool) -> None:
+        """Let λ adapt as at the start, or not at all, where nothing told the loss."""
+        self.rule = self._first_rule if adapts else None
+
+    @property
     def modelled(self) -> bool:
         """Whether the quadratic model makes the step."""
-        return self._momentum_type.startswith("qmodel")
+        return self._qmodel is not None
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -171,16 +136,14 @@ class UpdateRule:
         return {p: group for group in groups for p in group["params"]}
 
     def _ready_blocks(self, params: list[Tensor]) -> list[FisherBlock]:
-        """The blocks that have statistics, and a gradient for every parameter."""
-        present = set(params)
-        return [
-            block
-            for block in self._estimator.blocks.values()
-            if block.has_statistics and present.issuperset(block.params)
-        ]
+        return ready_blocks(self._estimator.blocks.values(), params)
 
     def propose(
-        self, params: list[Tensor], grads: list[Tensor], with_prediction: bool
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        with_prediction: bool,
+        trial: Trial,
     ) -> Step:
         """Return the step from here; changes nothing."""
         blocks = self._ready_blocks(params)
@@ -190,7 +153,7 @@ class UpdateRule:
             return self._propose_plain(params, grads)
         mine = _select(inside, params, grads)
         if self.modelled:
-            step = self._propose_modelled(blocks, *mine)
+            step = self._propose_modelled(blocks, trial, *mine)
         else:
             step = self._propose_fixed(blocks, *mine)
             if with_prediction:
@@ -243,49 +206,71 @@ class UpdateRule:
         self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
     ) -> Step:
         """`η` and `μ` are given: `"regular"` and `"adam"`."""
-        group = self._group
-        lr, momentum = group["lr"], group["momentum"]
+        lrs, momenta = self._options(params, "lr"), self._options(params, "momentum")
+        limit = self._group["norm_constraint"]
         velocities = self._remembered(params, "momentum_buffer")
         if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, grads)
-            updates = self._precondition(blocks, params, velocities)
-            finite = self._limit(updates, velocities, lr)
+            updates = precondition(blocks, params, velocities)
+            finite, _ = limit_norm(updates, velocities, lrs, limit)
         else:
-            directions = self._precondition(blocks, params, grads)
-            finite = self._limit(directions, grads, lr)
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            directions = precondition(blocks, params, grads)
+            finite, _ = limit_norm(directions, grads, lrs, limit)
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, directions)
             updates = velocities
-        deltas = list(torch._foreach_mul(updates, -lr))
-        if group["weight_decay"]:
-            torch._foreach_add_(deltas, params, alpha=-lr * group["weight_decay"])
+        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
+        self._add_decay(deltas, params, [-lr for lr in lrs])
         memory = [{"momentum_buffer": velocity} for velocity in velocities]
-        return Step(params, deltas, memory, finite, lr, momentum)
+        return Step(
+            params, deltas, memory, finite, self._group["lr"], self._group["momentum"]
+        )
+
+    def _options(self, params: list[Tensor], name: str) -> list[Any]:
+        """An option of every parameter's own group."""
+        groups = self._groups()
+        return [groups[p][name] for p in params]
+
+    def _add_decay(
+        self, tensors: list[Tensor], params: list[Tensor], factors: list[float]
+    ) -> None:
+        """Add `factor · decay · θ`, in place."""
+        decays = self._options(params, "weight_decay")
+        if any(decays):
+            weights = [f * decay for f, decay in zip(factors, decays, strict=True)]
+            torch._foreach_add_(tensors, torch._foreach_mul(params, weights))
 
     def _propose_modelled(
-        self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
+        self,
+        blocks: list[FisherBlock],
+        trial: Trial,
+        params: list[Tensor],
+        grads: list[Tensor],
     ) -> Step:
         """Step size, and maybe momentum, from the exact quadratic model."""
         group, total = self._group, self.total_damping()
-        direction = self._precondition(blocks, params, grads)
-        if group["weight_decay"]:
-            torch._foreach_add_(direction, params, alpha=group["weight_decay"])
+        assert self._qmodel is not None
+        direction = precondition(blocks, params, grads)
+        self._add_decay(direction, params, [1.0] * len(params))
+        lr, shares = self._shares(params)
+        if min(shares) < 1:
+            torch._foreach_mul_(direction, shares)
         directions = [direction]
         fixed = None if self._momentum_type == "qmodel" else group["momentum"]
         if fixed != 0 and any(
             "previous_update" in self._optimizer.state[p] for p in params
         ):
-            directions.append(self._remembered(params, "previous_update"))
+            previous = self._remembered(params, "previous_update")
+            if min(shares) <= 0:
+                moves = [float(share > 0) for share in shares]
+                previous = list(torch._foreach_mul(previous, moves))
+            directions.append(previous)
         model = self._quadratic_model(params, grads, directions)
-        weights = model.minimize(total, fixed)
-        scale = torch.ones_like(weights[0])
-        if group["lr"] is not None:
-            scale = scale * group["lr"]
-        if group["norm_constraint"] is not None:
-            norm = model.squared_norm(scale * weights, total)
-            scale = scale * (group["norm_constraint"] / norm).sqrt().clamp(max=1.0)
-        weights = scale * weights
+        weights = model.minimize(total, fixed, self._qmodel.max_momentum)
+        weights = self._limited(
+            model, weights if lr is None else lr * weights, total, trial
+        )
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
@@ -299,21 +284,63 @@ class UpdateRule:
             model.change(weights, self._included()),
         )
 
+    def _shares(self, params: list[Tensor]) -> tuple[float | None, list[float]]:
+        """The largest `lr` of all groups, and that of every parameter as a part of it."""
+        lrs = self._options(params, "lr")
+        if all(lr is None for lr in lrs):
+            return None, [1.0] * len(lrs)
+        known = [1.0 if lr is None else lr for lr in lrs]
+        largest = max(known)
+        return largest, [lr / largest if largest else 1.0 for lr in known]
+
+    def _limited(
+        self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
+    ) -> Tensor:
+        """Scale the step as a whole: to the norm limit, into the trust region."""
+        group = self._group
+        limits = [(group["norm_constraint"], total)]
+        if group["trust_region"] is not None:
+            limits.append((self._region(trial, weights), 0.0))
+        for limit, damping in limits:
+            if limit is not None:
+                norm = model.squared_norm(weights, damping)
+                weights = weights * (limit / norm).sqrt().clamp(max=1.0)
+        return weights
+
+    def _region(self, trial: Trial, like: Tensor) -> Tensor | None:
+        """`fraction · L`; where nothing tells `L`, no limit."""
+        unit = self._unit_of_region
+        unit = trial.batch.size() if unit is None else unit
+        unit = trial.loss if unit is None else unit
+        if unit is None:
+            return None
+        size = torch.as_tensor(unit).to(like).abs().nan_to_num(torch.inf)
+        return self._group["trust_region"] * size
+
     def _quadratic_model(
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
-        calls = self._estimator.capture.forwards
+        known = self._estimator.capture.forwards
+        # Forwards that no backward has reached are no part of the batch.
+        calls = [call for call in known if call.arrived] or known
         device = params[0].device
         now = random_state(device) if calls else None
 
         def forwards() -> Iterable[Callable[..., Any]]:
             for call in calls:
-                set_random_state(call.random_state, device)
                 args, kwargs = every_kth(
-                    call.args, call.kwargs, self._stride, self.num_steps
+                    call.args, call.kwargs, self._stride(call), self.num_steps
                 )
-                yield rerun(uncompiled(self._model), args, kwargs)
+                run = rerun(uncompiled(self._model), args, kwargs)
+
+                def forward(
+                    params: Mapping[str, Tensor], call: RootCall = call, run: Any = run
+                ) -> Any:
+                    set_random_state(call.random_state, device)
+                    return run(params)
+
+                yield forward
 
         try:
             curvature = fisher_products(
@@ -321,7 +348,7 @@ class UpdateRule:
                 self._losses,
                 dict(zip(names, params, strict=True)),
                 [dict(zip(names, parts, strict=True)) for parts in directions],
-                [[self._thinned(pair) for pair in call.weights] for call in calls],
+                [[self._thinned(call, pair) for pair in call.weights] for call in calls],
             )
         finally:
             if now is not None:
@@ -329,11 +356,15 @@ class UpdateRule:
         gram = products([*directions, grads])
         return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
 
-    def _thinned(self, weights: TermWeights) -> TermWeights:
+    def _stride(self, call: RootCall) -> int:
+        assert self._qmodel is not None
+        return self._qmodel.stride(call.num_terms)
+
+    def _thinned(self, call: RootCall, weights: TermWeights) -> TermWeights:
         """The weights of the examples that the quadratic model is of."""
         if weights is None:
             return None
-        ((some,), _) = every_kth((weights[0],), {}, self._stride, self.num_steps)
+        ((some,), _) = every_kth((weights[0],), {}, self._stride(call), self.num_steps)
         return some, weights[1] * some.sum() / weights[0].sum()
 
     def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:
@@ -368,32 +399,6 @@ class UpdateRule:
             else torch.zeros_like(p)
             for p in params
         ]
-
-    def _precondition(
-        self,
-        blocks: list[FisherBlock],
-        params: list[Tensor],
-        tensors: list[Tensor],
-    ) -> list[Tensor]:
-        """`F̂⁻¹` on the parameters with a block; the others as they are."""
-        result = dict(zip(params, tensors, strict=True))
-        for block in blocks:
-            parts = [result[p] for p in block.params]
-            result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
-        return [result[p].to(p.dtype) for p in params]
-
-    def _limit(self, directions: list[Tensor], grads: list[Tensor], lr: float) -> Tensor:
-        """Scale `p` by `κ` in place; return whether it is finite, 0-dim."""
-        dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
-        dtype = torch.promote_types(dtype, torch.float32)
-        pairs = zip(directions, grads, strict=True)
-        dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
-        total = torch.stack([dot.to(dots[0].device) for dot in dots]).sum()
-        constraint = self._group["norm_constraint"]
-        if constraint is not None and lr:
-            norm = (lr**2 * total).clamp(min=0)
-            torch._foreach_mul_(directions, (constraint / norm).sqrt().clamp(max=1.0))
-        return total.isfinite()
 
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:

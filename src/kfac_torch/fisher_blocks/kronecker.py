@@ -147,6 +147,11 @@ class KroneckerProductFB(LayerFB):
             return self.num_locations * torch.kron(A, G)
         return self.num_locations * torch.block_diag(*map(torch.kron, A, G))
 
+    def trace(self) -> Tensor:
+        """Return `T tr A tr G`, summed over groups."""
+        A, G = self._sides()
+        return self.num_locations * (A.cov_trace() * G.cov_trace()).sum()
+
 
 def weighted_mean(covs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """Return the mean over the rows of all calls."""

@@ -462,6 +462,12 @@ class FisherFactor(abc.ABC):
     def make_inverse_update_ops(self) -> list[Callable[[], None]]:
         """Return callables that refresh the stored matrices from the current `C`."""
 
+    def compute_stored(self) -> list[Any]:
+        """Return what a refresh stores, and in place of what; for factors that keep
+        something else than powers (`refresh_inverses` stores all factors' or none).
+        """
+        return []
+
     @property
     @abc.abstractmethod
     def is_refreshed(self) -> bool:

@@ -447,6 +447,14 @@ class InverseProvidingFactor(FisherFactor):
                 f"{self.name}: expected the powers {registered} in the state, in order of "
                 f"registration, got {found}; register the same powers before loading"
             )
+        for power in state["powers"]:
+            shapes = tuple(tuple(tensor.shape) for tensor in power["tensors"])
+            expected = self._function_shapes(power["exp"])
+            if shapes not in ((), expected):
+                raise ValueError(
+                    f"{self.name}: expected tensors of shapes {expected} for "
+                    f"{power['exp']!r} in the state, got {shapes}"
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, after the same registrations.
@@ -471,7 +479,7 @@ DenseSquareMatrixFactor = InverseProvidingFactor  # its name after r1.8
 def refresh_inverses(factors: Iterable[FisherFactor]) -> None:
     """Refresh all that the factors store; same-size factorisations in one batch.
 
-    Factors that store nothing (diagonal ones) are passed over.
+    Factors that store nothing (diagonal ones) have nothing to compute.
 
     Raises:
         torch.linalg.LinAlgError: a damped factor is singular; the message names it and
@@ -481,6 +489,7 @@ def refresh_inverses(factors: Iterable[FisherFactor]) -> None:
     batches = defaultdict(list)
     for factor in dict.fromkeys(factors):
         if not isinstance(factor, InverseProvidingFactor):
+            new += factor.compute_stored()
             continue
         eigen = factor.uses_eigendecomp()
         if eigen:

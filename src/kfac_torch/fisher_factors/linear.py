@@ -30,7 +30,7 @@ class FullyConnectedKroneckerFactor(InverseProvidingFactor):
     Args:
         tensors: `[source][tower]`, each `[..., d]`; all leading dimensions are rows.
         has_bias: append a one, last, to each row.
-        size: `d`; needed only where `tensors` are callables.
+        size: `d`; needed only where `tensors` are callables, or tuples.
         groups: with more than one an entry is a tuple of as many tensors, each with rows
             of its own, and the moment `[groups, d(+1), d(+1)]`, one matrix for each.
         name: for messages and checkpoints; built from the arguments if None.

@@ -311,6 +311,16 @@ class LowRankFactor(InverseProvidingFactor, abc.ABC):
         """Return all that `load_state_dict` needs to restore the factor bit for bit."""
         return {**super().state_dict(), "sketch_matrix": self._omega.clone()}
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `load_state_dict` would not fit; changes nothing."""
+        super().check_state_dict(state)
+        shape = tuple(state["sketch_matrix"].shape)
+        if shape != tuple(self._omega.shape):
+            raise ValueError(
+                f"{self.name}: expected a sketch matrix of shape "
+                f"{tuple(self._omega.shape)} in the state, got {shape}"
+            )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, after the same registrations.
 

@@ -108,8 +108,8 @@ class LossFunction(abc.ABC):
     def evaluate_on_targets(self, targets: Tensor) -> Tensor:
         """Return the loss at `targets`, 0-dim."""
 
-    def _at(self, z: Tensor) -> Self:
-        """This loss with other inputs."""
+    def at(self, z: Tensor) -> Self:
+        """Return this loss with other inputs, a shallow copy."""
         other = copy.copy(self)
         other._inputs = z
         return other
@@ -247,6 +247,46 @@ class LossFunction(abc.ABC):
         """
         return None
 
+    # The loss at targets that are not seen, by their gradient. Where targets were given,
+    # these are meant.
+
+    def value_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the loss at the targets that give such a gradient at `z`, 0-dim.
+
+        Constants that a user's criterion leaves out, such as `½ log 2π`, are not in it.
+
+        Args:
+            gradient: of this sum over loss terms, weights included, in the shape of `z`.
+            weights: what `term_weights` has found.
+
+        Returns:
+            None where the gradient cannot tell.
+        """
+        return None if self._targets is None else self.evaluate()
+
+    def change_from_gradient(
+        self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Return how much the loss changes from `z` to `outputs`, 0-dim.
+
+        Arguments and None as for `value_from_gradient`.
+        """
+        if self._targets is None:
+            return None
+        return self.at(outputs).evaluate_on_targets(self._targets) - self.evaluate()
+
+    def size_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Return what a step's `½ δᵀFδ` may be compared with, 0-dim and not negative.
+
+        The loss itself where its minimum is 0 or near; else something that no constant
+        added to the loss changes. Arguments and None as for `value_from_gradient`.
+        """
+        return None
+
 
 class NegativeLogProbLoss(LossFunction):
     """`−Σ_n log p(y_n|z_n)`, with everything the Fisher needs (abstract).
@@ -268,7 +308,7 @@ class NegativeLogProbLoss(LossFunction):
         targets = self.sample(generator)
         with torch.enable_grad():
             z = self._inputs.detach().requires_grad_()
-            return torch.autograd.grad(self._at(z).evaluate_on_targets(targets), z)[0]
+            return torch.autograd.grad(self.at(z).evaluate_on_targets(targets), z)[0]
 
 
 def insert_slice_in_zeros(slice: Tensor, dim: int, size: int, pos: int) -> Tensor:

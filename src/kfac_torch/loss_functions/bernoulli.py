@@ -91,6 +91,28 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """Return `√(σ(1 − σ)) v`; `B` is symmetric."""
         return self.multiply_fisher_factor(vector)
 
+    def value_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `Σ w (A − zσ) + zg`, with `A = log(1 + e^z)` and `g = w (σ − y)`."""
+        z = self._inputs.detach()
+        return (
+            _times(weights, functional.softplus(z) - z * self._p()) + z * gradient
+        ).sum()
+
+    def change_from_gradient(
+        self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `Σ w (A(z') − A(z) − σ (z' − z)) + g (z' − z)`."""
+        z = self._inputs.detach()
+        moved = outputs - z
+        gap = functional.softplus(outputs) - functional.softplus(z) - self._p() * moved
+        return (_times(weights, gap) + gradient * moved).sum()
+
+    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the loss."""
+        return self.value_from_gradient(gradient, weights)
+
     def gradient_scale(
         self, gradient: Tensor, value: Tensor | float | None = None
     ) -> Tensor | None:
@@ -101,3 +123,7 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         p = self._p().double()
         g = gradient.double()
         return attained_scale(g.abs(), torch.where(g > 0, p, 1 - p))
+
+
+def _times(weights: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor if weights is None else weights * tensor

@@ -127,6 +127,36 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         p = self._p()
         return p.sqrt() * (vector - (p * vector).sum(self._class_dim, keepdim=True))
 
+    def value_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `−Σ (w p − g)ᵀ log p`, with `g = w (p − q)` and `q` the targets."""
+        p, log_p = self._p(), self._inputs.detach().log_softmax(self._class_dim)
+        targets = (p if weights is None else weights * p) - self._of_logits(gradient, p)
+        return -torch.where(targets == 0, 0.0, targets * log_p).sum()
+
+    def change_from_gradient(
+        self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `Σ w (A(z') − A(z) − pᵀ(z' − z)) + gᵀ(z' − z)`, `A` the logsumexp."""
+        p, z, dim = self._p(), self._inputs.detach(), self._class_dim
+        gradient = self._of_logits(gradient, p)
+        fixed = z.isneginf() & outputs.isneginf()  # logits that are masked
+        moved = torch.where(fixed, 0.0, outputs - z)
+        gap = outputs.logsumexp(dim, keepdim=True) - z.logsumexp(dim, keepdim=True)
+        gap = gap - (p * moved).sum(dim, keepdim=True)
+        if weights is not None:
+            gap = weights * gap
+        return gap.sum() + (gradient * moved).sum()
+
+    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the loss."""
+        return self.value_from_gradient(gradient, weights)
+
+    def _of_logits(self, gradient: Tensor, p: Tensor) -> Tensor:
+        """The gradient at logits, where `z` are log-probabilities and the loss is −z_y."""
+        return gradient - p * gradient.sum(self._class_dim, keepdim=True)
+
     def gradient_scale(
         self, gradient: Tensor, value: Tensor | float | None = None
     ) -> Tensor | None:

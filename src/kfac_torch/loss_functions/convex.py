@@ -63,7 +63,7 @@ class ConvexLoss(LossFunction):
 
     def _multiply_hessian(self, vectors: Tensor, batched: bool = False) -> Tensor:
         targets = self._targets_of_hessian
-        gradient = torch.func.grad(lambda z: self._at(z).evaluate_on_targets(targets))
+        gradient = torch.func.grad(lambda z: self.at(z).evaluate_on_targets(targets))
         pullback = torch.func.vjp(gradient, self._inputs.detach())[1]
         multiply = torch.vmap(pullback) if batched else pullback
         return multiply(vectors)[0]
@@ -118,6 +118,21 @@ class ConvexLoss(LossFunction):
         """Return `Bᵀ v = B v`."""
         return self.multiply_fisher_factor(vector)
 
+    def size_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Return `½ gᵀH⁺g`: what a Newton step of the outputs alone would gain.
+
+        Directions of little curvature count as if they had a hundredth of the mean.
+        """
+        if self.elementwise:
+            H = self._root.square()
+            return 0.5 * (gradient.square() / H.clamp(min=0.01 * H.mean())).sum()
+        H = self._root @ self._root
+        H = H + 0.01 * H.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(len(H[0])).to(H)
+        rows = gradient.reshape(len(H), -1, 1).to(H)
+        return 0.5 * (rows * torch.linalg.solve_ex(H, rows)[0]).sum()
+
 
 class NaturalParamsNegativeLogProbLoss(NegativeLogProbLoss, ConvexLoss):
     """A loss whose `z` is a natural parameter: Hessian and Fisher coincide (abstract).
@@ -146,3 +161,18 @@ class NaturalParamsNegativeLogProbLoss(NegativeLogProbLoss, ConvexLoss):
         if self._targets is not None:
             return self._targets
         return self.sample(Generator(self._inputs.device).manual_seed(0))
+
+    def change_from_gradient(
+        self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Return `D(outputs, z) + gᵀ(outputs − z)`, `D` the divergence that `A` makes.
+
+        Any targets give the `D` of a loss `A(z) − zᵀT(y)`. Without weights.
+        """
+        y = self._targets_of_hessian
+        with torch.enable_grad():
+            z = self._inputs.detach().requires_grad_()
+            here = self.at(z).evaluate_on_targets(y)
+            (slope,) = torch.autograd.grad(here, z)
+        there = self.at(outputs).evaluate_on_targets(y)
+        return there - here.detach() + ((gradient - slope) * (outputs - z.detach())).sum()

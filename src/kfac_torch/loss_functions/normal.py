@@ -73,6 +73,23 @@ class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """Return `v/√var`; `B` is symmetric."""
         return vector / self._var**0.5
 
+    def value_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `var ‖g‖²/2`, which is `Σ (y − z)²/(2 var)`."""
+        return 0.5 * self._var * gradient.square().sum()
+
+    def change_from_gradient(
+        self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `gᵀ(z' − z) + ‖z' − z‖²/(2 var)`."""
+        moved = outputs - self._inputs.detach()
+        return (gradient * moved + 0.5 / self._var * moved.square()).sum()
+
+    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the loss, without the logarithm of `var`."""
+        return self.value_from_gradient(gradient)
+
     def gradient_scale(
         self, gradient: Tensor, value: Tensor | float | None = None
     ) -> Tensor | None:
@@ -187,3 +204,24 @@ class NormalMeanVarianceNegativeLogProbLoss(NegativeLogProbLoss):
     def multiply_fisher_factor_transpose(self, vector: Tensor) -> Tensor:
         """Return `diag(1/√v, 1/(√2 v))` times the vector; `B` is symmetric."""
         return self._root() * vector
+
+    def value_from_gradient(
+        self, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return `Σ (y − mean)²/(2 variance) + ½ log variance`."""
+        logs = self._inputs.detach().chunk(2, -1)[1].log().sum()
+        return self.size_from_gradient(gradient) + 0.5 * logs
+
+    def change_from_gradient(
+        self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the change at the targets, which the gradient at the mean tells."""
+        mean, variance = self._inputs.detach().chunk(2, -1)
+        targets = mean - variance * gradient.chunk(2, -1)[0]
+        there = self.at(outputs).evaluate_on_targets(targets)
+        return there - self.at(self._inputs.detach()).evaluate_on_targets(targets)
+
+    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return `Σ (y − mean)²/(2 variance)`, about ½ a coordinate after some training."""
+        variance = self._inputs.detach().chunk(2, -1)[1]
+        return 0.5 * (variance * gradient.chunk(2, -1)[0].square()).sum()

@@ -1,0 +1,120 @@
+"""`BatchLoss`: the loss of a step's batch and how it changes, targets unseen.
+
+Notation: `z` the network output, `h` the gradient there that the user's backward brought,
+`g` that of the declared loss, a sum over terms; `N` the loss terms, `s` the factor of a
+`GradScaler`. Of a loss in its natural parameters, `A(z) − zᵀT(y)`, the gradient
+`g = ∇A(z) − T(y)` tells all there is to know of the targets, smoothed labels, weights and
+terms that do not count included; so that neither the value nor, at other parameters, the
+change needs a closure: `change_from_gradient` of a loss function.
+
+`h = coeff g/N` for a mean over terms. Of several micro-batches the gradients add up to
+that of the mean over all, but where the first step has shown that they are means each.
+`s` is the power of two by which a probe parameter's gradient was divided between its
+backward and the step; another factor is a clipped norm, which the loss does not see.
+Left out: terms of the user's loss besides the declared ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .forwards import Forward, LossPart
+from .loss_functions import LossFunction
+
+_MAX_CLIPPING = 2.0**-9  # a GradScaler multiplies by more
+
+
+class BatchLoss:
+    """The losses of the forwards since the last step.
+
+    Args:
+        forwards: those that a backward may have reached.
+        sums: whether the user's loss is a sum over terms, not a mean.
+        factor: of the user's gradient, as the check of the loss found it.
+        means_each: whether every forward's gradient is that of a mean of its own.
+        scale: `s`, 0-dim, NaN where it is not known; 1 if None.
+    """
+
+    def __init__(
+        self,
+        forwards: Sequence[Forward],
+        *,
+        sums: bool = False,
+        factor: float = 1.0,
+        means_each: bool = False,
+        scale: Tensor | None = None,
+    ) -> None:
+        self.forwards = [forward for forward in forwards if forward.arrived]
+        self._sums, self._factor = sums, factor
+        self._means_each, self.scale = means_each, scale
+        counts = zip(*([p.terms for p in f.parts] for f in self.forwards), strict=True)
+        self._terms = [sum(terms) for terms in counts]
+
+    def value(self) -> Tensor | None:
+        """Return the loss per term, 0-dim; None where the gradient cannot tell."""
+        return self._sum(lambda loss, g, w, _: loss.value_from_gradient(g, w))
+
+    def size(self) -> Tensor | None:
+        """Return what `½ δᵀFδ` may be compared with; None where nothing can tell."""
+        return self._sum(lambda loss, g, w, _: loss.size_from_gradient(g, w))
+
+    def change(self, outputs: Iterable[Sequence[Tensor]]) -> Tensor | None:
+        """Return how much the loss changes; None where the gradient cannot tell.
+
+        Args:
+            outputs: of every forward, the network output of each loss after the change.
+        """
+        return self._sum(
+            lambda loss, g, w, z: loss.change_from_gradient(z.to(g.dtype), g, w), outputs
+        )
+
+    def tells_change(self) -> bool:
+        """Whether `change` is not None."""
+        here = [[part.loss.inputs for part in forward.parts] for forward in self.forwards]
+        return self.change(here) is not None
+
+    def _sum(
+        self,
+        of: Callable[[LossFunction, Tensor, Tensor | None, Tensor], Tensor | None],
+        outputs: Iterable[Sequence[Tensor]] | None = None,
+    ) -> Tensor | None:
+        total: Tensor | None = None
+        new = outputs or [[p.loss.inputs for p in f.parts] for f in self.forwards]
+        for forward, zs in zip(self.forwards, new, strict=True):
+            for part, terms, z in zip(forward.parts, self._terms, zs, strict=True):
+                if part.gradient is None:  # the user's loss does without
+                    continue
+                terms = part.terms if self._means_each else terms
+                g = self._of_declared(part, terms)
+                loss = part.factory(part.loss.inputs.to(g.dtype))
+                term = of(loss, g, part.weights, z)
+                if term is None:
+                    return None
+                term = term * (self._factor * part.coeff / terms)
+                total = term if total is None else total + term.to(total)
+        return total
+
+    def _of_declared(self, part: LossPart, terms: float) -> Tensor:
+        """`g`, in float32 at least."""
+        assert part.gradient is not None
+        g = part.gradient.to(torch.promote_types(part.gradient.dtype, torch.float32))
+        g = g * ((1.0 if self._sums else terms) / (part.coeff * self._factor))
+        return g if self.scale is None else g / self.scale.to(g)
+
+
+def scale_of(ratio: Tensor) -> Tensor:
+    """Return `s` from the factor on a gradient since its backward, 0-dim.
+
+    A power of two is a `GradScaler`'s; any other is a clipped norm, with a scaler at work
+    too where it is very small: then NaN, for the two cannot be told apart.
+
+    >>> scale_of(torch.tensor([1.0, 2.0**-16, 0.3, 1e-5]))
+    tensor([1.0000e+00, 6.5536e+04, 1.0000e+00,        nan])
+    """
+    power = ratio.log2()
+    exact = (power - power.round()).abs() < 1e-3
+    clipped = torch.where(ratio > _MAX_CLIPPING, 1.0, torch.nan)
+    return torch.where(exact, torch.exp2(-power.round()), clipped)
