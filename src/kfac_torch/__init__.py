@@ -17,6 +17,7 @@ from .damping import (
     RelativeDamping as RelativeDamping,
 )
 from .estimator import FisherEstimator as FisherEstimator
+from .health import FactorHealth as FactorHealth, Health as Health
 from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
@@ -27,7 +28,9 @@ from .size_limit import SizeLimit as SizeLimit
 __all__ = (
     "KFAC",
     "CurvatureMatrixVectorProductComputer",
+    "FactorHealth",
     "FisherEstimator",
+    "Health",
     "KFACPreconditioner",
     "LayerCollection",
     "Layers",

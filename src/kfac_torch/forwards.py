@@ -95,6 +95,12 @@ class Forward:
         return self.parts[0].terms
 
     @property
+    def gradient_share(self) -> float:
+        """What a weighted loss's gradient is to be multiplied by: `√coeff/coeff`."""
+        # Of several losses the gradients have come together, weights and all.
+        return self.parts[0].coeff ** -0.5 if len(self.parts) == 1 else 1.0
+
+    @property
     def has_idle_terms(self) -> bool:
         """Whether some loss terms may not count."""
         return any(part.weights is not None for part in self.parts)

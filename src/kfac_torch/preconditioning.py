@@ -119,7 +119,8 @@ class Schedule:
                 f"model given to {caller} (model(x), not model.forward(x)), in training "
                 "mode and with gradients enabled, and its backward, between constructing "
                 f"the {'optimizer' if caller == 'KFAC' else 'preconditioner'} and the "
-                f"first step(). Where torch.compile(model) is called, give {caller} the "
+                "first step(), and of its layers: not under torch.vmap or "
+                f"functional_call. Where torch.compile(model) is called, give {caller} the "
                 "compiled module; a torch.utils.checkpoint hides its layers unless "
                 "use_reentrant=False"
             )

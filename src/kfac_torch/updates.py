@@ -11,6 +11,7 @@ take a step, and whether (the optimizer's business).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -184,7 +185,7 @@ class UpdateRule:
             params,
             step.deltas,
             step.memory,
-            change.isfinite(),
+            change.isfinite() & _finite_memory(step.memory).to(change.device),
             group["lr"],
             group["momentum"],
             change,
@@ -405,6 +406,13 @@ class UpdateRule:
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
     return [list(itertools.compress(tensors, which)) for tensors in lists]
+
+
+def _finite_memory(memory: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Whether what is to be remembered is finite: the square of a gradient may not be."""
+    tensors = [v for each in memory for v in each.values() if isinstance(v, Tensor)]
+    largest = torch._foreach_norm(tensors, math.inf)
+    return torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all()
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

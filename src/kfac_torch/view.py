@@ -61,7 +61,8 @@ def write_view(run: Path, out: Path) -> None:
     figures = [(_curves(records, pair), _caption(pair)) for pair in pairs]
     figures.append((_layers_and_time(records), "π of every layer, and the time of a step."))
     pictures = "".join(
-        f"<figure>{image(figure, text)}<figcaption>{html.escape(text)}</figcaption></figure>"
+        f"<figure>{image(figure, text)}"
+        f"<figcaption>{html.escape(text)}</figcaption></figure>"
         for figure, text in figures
     )
     name = html.escape(run.name)
