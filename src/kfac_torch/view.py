@@ -59,7 +59,8 @@ def write_view(run: Path, out: Path) -> None:
         raise ViewError(f"the run cannot be read: {error}") from error
     pairs = [_PANELS[i : i + 2] for i in range(0, len(_PANELS), 2)]
     figures = [(_curves(records, pair), _caption(pair)) for pair in pairs]
-    figures.append((_layers_and_time(records), "π of every layer, and the time of a step."))
+    text = "π of every layer, and the time of a step."
+    figures.append((_layers_and_time(records), text))
     pictures = "".join(
         f"<figure>{image(figure, text)}"
         f"<figcaption>{html.escape(text)}</figcaption></figure>"
