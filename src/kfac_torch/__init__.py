@@ -6,6 +6,7 @@ from . import (
     fisher_factors as fisher_factors,
     loss_functions as loss_functions,
     patch_moments as patch_moments,
+    telemetry as telemetry,
 )
 from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
@@ -44,4 +45,5 @@ __all__ = (
     "fisher_factors",
     "loss_functions",
     "patch_moments",
+    "telemetry",
 )

@@ -24,8 +24,7 @@ since the last update are merged as if they had been one batch. Left out: when t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,12 +42,19 @@ from .health import Health, HealthLedger
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
-from .sources import BatchMoments, block_layer, column_chunks, fill_missing
+from .sources import (
+    BatchMoments,
+    block_layer,
+    column_chunks,
+    fill_missing,
+    with_random_signs,
+)
+from .update_thunks import UpdateThunks
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 
 
-class FisherEstimator(BlockProducts):
+class FisherEstimator(BlockProducts, UpdateThunks):
     """Keep the factors of a model's blocks up to date; multiply by them.
 
     Forwards of the collection's model in training mode are watched from construction on.
@@ -64,8 +70,10 @@ class FisherEstimator(BlockProducts):
         estimation_mode: `"gradients"`, `"empirical"`, `"curvature_prop"` or `"exact"`. The
             weights of several losses enter the empirical statistics squared, as they do
             the user's gradient. `"exact"` takes one coordinate of all examples at once,
-            so the first dimension of the network output must be that of examples, which
-            do not interact: `[N, T, classes]` of a sequence model, not `[N T, classes]`.
+            so the first dimension of the network output must be that of examples:
+            `[N, T, classes]` of a sequence model, not `[N T, classes]`. Where examples
+            interact (batch statistics), it is right in expectation only: every example
+            has a random sign.
         seed: of the generator that draws targets; the global one is not touched.
 
     Attributes:
@@ -227,7 +235,8 @@ class FisherEstimator(BlockProducts):
         for call in calls:
             call.check_unchanged()
         root = self._capture.last_forward
-        if recorded or root is not None or not self.loss_checked or self.sums_gradients:
+        wanted = self._capture.keep_losses or self.sums_gradients or not self.loss_checked
+        if recorded or root is not None or wanted:
             self._forwards.add(output, calls if recorded else None, root)
 
     def _gather(
@@ -257,9 +266,9 @@ class FisherEstimator(BlockProducts):
                 loss = part.factory(without_nan(z))
                 for some in column_chunks(loss):
                     columns = loss.fisher_factor_all_columns(some)
-                    batch.add_columns(
-                        z, part.source(columns, forward.num_terms).to(z.dtype)
-                    )
+                    columns = with_random_signs(columns, self._generator_on(z.device))
+                    sources = part.source(columns, forward.num_terms).to(z.dtype)
+                    batch.add_columns(z, sources)
         else:
             sources = [
                 part.source(self._draw(part.factory(without_nan(z))), forward.num_terms).to(
@@ -473,39 +482,6 @@ class FisherEstimator(BlockProducts):
         """What went wrong so far and was mended, in numbers."""
         factors = {f.name: f.health for b in self.blocks.values() for f in b.factors}
         return self.ledger.health(factors)
-
-    @property
-    def cov_update_thunks(self) -> list[Callable[[], None]]:
-        """One callable per factor, which lets what was gathered enter that factor alone.
-
-        A batch with a NaN or an Inf is left out, the first one with a RuntimeWarning. In
-        the order of `LayerCollection.get_factors()`; `update_covariances` is all or none.
-        """
-        return [
-            partial(self._update_covariance, block, index)
-            for block in self.blocks.values()
-            for index in range(len(block.factors))
-        ]
-
-    @property
-    def inv_update_thunks(self) -> list[Callable[[], None]]:
-        """One callable per factor, which refreshes its stored powers alone.
-
-        It does nothing while the factor's block has no statistics.
-        """
-        return [
-            partial(self._refresh, [block], index)
-            for block in self.blocks.values()
-            for index in range(len(block.factors))
-        ]
-
-    def make_vars_and_create_op_thunks(
-        self,
-    ) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
-        """Return `(cov_update_thunks, inv_update_thunks)`."""
-        return self.cov_update_thunks, self.inv_update_thunks
-
-    create_ops_and_vars_thunks = make_vars_and_create_op_thunks
 
     def _update_covariance(self, block: FisherBlock, index: int) -> None:
         self._forwards.take_rest()

@@ -71,6 +71,11 @@ class Sources:
     def __len__(self) -> int:
         return sum(len(z) * self._columns(loss) for z, loss, _ in self._parts)
 
+    @property
+    def num_examples(self) -> int:
+        """The first dimension of the network output."""
+        return len(self._parts[0][0])
+
     @staticmethod
     def _columns(loss: LossFunction) -> int:
         return loss.fisher_factor_inner_shape[1:].numel()
@@ -242,7 +247,8 @@ class ExactBlocks:
         self._calls, self._edges = [calls[i] for i in used], [edges[i] for i in used]
         self._shapes = [grad.shape[1:] for grad in grads if grad is not None]
         for name, each in facts.items():
-            each.set_calls([call for call in self._calls if call.layer == name])
+            own = [call for call in self._calls if call.layer == name]
+            each.set_calls(own, sources.num_examples)
         self._params = [
             p for each in sums.values() for p in each.block.params if p.requires_grad
         ]

@@ -210,7 +210,8 @@ class Forwards:
         if not outputs or not forward.num_terms > 0:
             return
         autocast = torch.autocast(outputs[0].device.type, enabled=False)
-        with torch.no_grad(), autocast, self._capture.own_gradients():
+        clock = self._capture.clock.phase("statistics")
+        with clock, torch.no_grad(), autocast, self._capture.own_gradients():
             self._gather(forward, calls, outputs)
 
     def take_rest(self) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import GradientProbe, uncompiled
+from .capture import uncompiled
 from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
@@ -50,6 +50,7 @@ from .options import (
     resolve,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
+from .recording import Recorder
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
@@ -242,9 +243,19 @@ class KFAC(NamedState):
         except NotImplementedError:
             self.estimator.release()
             raise
+        self._recorder = Recorder(self.estimator)
         if self._updates.modelled or self._updates.rule:
-            params = [p for block in layers.blocks.values() for p in block.params]
-            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
+            self._recorder.watch_scale()
+
+    def attach(self, writer: Callable[[StepRecord], Any], every: int = 1) -> None:
+        """Call `writer` with the `StepRecord` of every so many steps; see `telemetry`.
+
+        Such a record has the loss, where the gradient tells it, and π of every layer.
+
+        Raises:
+            ValueError: `every` is not a positive integer.
+        """
+        self._recorder.attach(writer, every)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -339,26 +350,33 @@ class KFAC(NamedState):
                 A λ that adapts is raised instead, unless the factor has a NaN or an Inf.
         """
         self._stepping = True
+        clock = self.estimator.capture.clock
         try:
-            adapts = self._updates.rule is not None
-            trial = Trial(self._model, self.estimator, closure, adapts)
-            value = trial.first()
-            params, grads = self._gradients()
-            self.estimator.check_loss(value)
-            if self._updates.modelled or adapts:
-                trial.batch = self.estimator.batch_loss()
-                self._check_told(trial)
-            grads, trial.num_terms = self._schedule.of_mean_loss(grads)
-            bad = self._schedule.update_statistics(grads)
-            moves = not self._schedule.burning and not bad
-            if moves:
-                bad = self._move(params, grads, trial)
-            if bad:
-                self.estimator.ledger.skip_step(bad, stacklevel=4)
-            self._schedule.advance(not bad)
-            if moves and params and not bad:
-                self._adapt(trial)  # last: the closure may fail
-            self._stepping = False
+            with clock.phase("step"):
+                adapts = self._updates.rule is not None
+                trial = Trial(self._model, self.estimator, closure, adapts)
+                with clock.phase("closure"):
+                    value = trial.first()
+                params, grads = self._gradients()
+                self.estimator.check_loss(value)
+                written = self._recorder.is_due(self._schedule.num_steps)
+                if self._updates.modelled or adapts or written:
+                    trial.batch = self.estimator.batch_loss()
+                    self._check_told(trial)
+                grads, trial.num_terms = self._schedule.of_mean_loss(grads)
+                bad = self._schedule.update_statistics(grads)
+                moves = not self._schedule.burning and not bad
+                if moves:
+                    bad = self._move(params, grads, trial)
+                if bad:
+                    self.estimator.ledger.skip_step(bad, stacklevel=4)
+                self._schedule.advance(not bad)
+                moved = bool(moves and params and not bad)
+                if moved:
+                    self._adapt(trial)  # last: the closure may fail
+            self._stepping = False  # a writer may save the state
+            if moved and self.last_step is not None:
+                self.last_step = self._recorder.finish(self.last_step)
             return value
         except Exception:
             self._stepping = False
@@ -418,8 +436,8 @@ class KFAC(NamedState):
             if not due:
                 return
             try:
-                self.estimator.update_inverses()
-                self._schedule.inverses_due = due = False
+                self._schedule.refresh()
+                due = False
             except torch.linalg.LinAlgError as error:
                 # No damping mends a NaN.
                 hopeless = isinstance(error, NotFiniteError)
@@ -463,6 +481,11 @@ class KFAC(NamedState):
             damping=group["damping"],
             loss=trial.loss,
             predicted_change=step.predicted_change,
+            norm_scale=step.norm_scale,
+            region_scale=step.region_scale,
+            step_norm=step.norm(),
+            skipped_steps=self.skipped_steps,
+            **self._schedule.ages(),
         )
         return []
 

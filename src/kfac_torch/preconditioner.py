@@ -227,8 +227,7 @@ class KFACPreconditioner:
         if callable(self._damping):
             self.damping = damping_at(self._damping, self._schedule.num_steps)
         if self._schedule.refresh_due:
-            self.estimator.update_inverses()
-            self._schedule.inverses_due = False
+            self._schedule.refresh()
         blocks = ready_blocks(self.estimator.blocks.values(), params)
         owned = {p for block in blocks for p in block.params}
         mine = [i for i, p in enumerate(params) if p in owned]
@@ -256,11 +255,10 @@ class KFACPreconditioner:
         """Return what resumes the run bit for bit, taken between two steps."""
         return {
             "version": _STATE_VERSION,
-            "num_steps": self._schedule.num_steps,
+            **self._schedule.state_dict(),
+            "collecting": self.estimator.collecting,
             "damping": self.damping,
             "damping_unit": self.damping_unit,
-            "collecting": self.estimator.collecting,
-            "inverses_due": self._schedule.inverses_due,
             "estimator": self.estimator.state_dict(),
         }
 
@@ -277,8 +275,7 @@ class KFACPreconditioner:
                 f"of version {_STATE_VERSION}, got version {version}"
             )
         self.estimator.load_state_dict(state_dict["estimator"])
-        self._schedule.num_steps = state_dict["num_steps"]
-        self._schedule.inverses_due = state_dict["inverses_due"]
+        self._schedule.load_state_dict(state_dict)
         if isinstance(self._given_damping, RelativeDamping):
             self._set_unit(state_dict["damping_unit"])
         self.damping = state_dict["damping"]

@@ -141,6 +141,7 @@ def products(directions: Sequence[Sequence[Tensor]]) -> Tensor:
     device = directions[0][0].device
     total = torch.zeros((len(directions),) * 2, dtype=solving_dtype(device), device=device)
     for parts in zip(*directions, strict=True):
+        parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
         rows = torch.stack([_accumulating(part).flatten() for part in parts])
         total += (rows @ rows.mT).to(total)
     return total
