@@ -1,4 +1,4 @@
-"""A run that is interrupted at any step and resumed is the run that was not, bit for bit."""
+"""A run interrupted at any step and resumed is the run that was not, bit for bit."""
 
 import copy
 import io
@@ -79,19 +79,27 @@ def recurrent():
     )
 
 
+def sequential(*layers):
+    return lambda: nn.Sequential(*copy.deepcopy(layers))
+
+
 # By kind of layer: a net with it, and its inputs. A new approximation needs no row.
 KINDS = {
-    "fully_connected": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), plain),
+    "fully_connected": (sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), plain),
     "conv2d": (convolutions, images),
     "depthwise_conv2d": (
-        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.Flatten(), nn.Linear(8, 3)), images,
+        sequential(nn.Conv2d(2, 2, 3, groups=2), nn.Flatten(), nn.Linear(8, 3)),
+        images,
     ),
-    "embedding_bag": (lambda: nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 3)), words),
-    "scale_and_shift": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), plain),
+    "embedding_bag": (sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 3)), words),
+    "scale_and_shift": (
+        sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)),
+        plain,
+    ),
     "tied_embedding": (Tied, words),
     "attention": (Attention, words),
     "recurrent": (recurrent, words),
-}  # fmt: skip
+}
 APPROXIMATED = [(kind, approx) for kind in KINDS for approx in APPROXIMATIONS[kind]]
 
 CLASSIC = {"lr": 0.1, "damping": 0.01}
@@ -176,7 +184,7 @@ def check_resumed(net, inputs, options, steps, ahead):
     states = [saved(model, optimizer)]
     for _ in run(model, optimizer, data, records, micro):
         states.append(saved(model, optimizer))
-    first = [p for _, p in records][0]
+    first = records[0][1]
     assert not any(torch.equal(a, b) for a, b in zip(first, records[-1][1], strict=True))
     for stop in range(steps):
         twin = copy.deepcopy(fresh)
