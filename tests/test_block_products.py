@@ -112,6 +112,10 @@ def linear_map(module, index=0, **kwargs):
     return fb.LinearMapFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
 
 
+def corrected_map(module, index=0, **kwargs):
+    return fb.LinearMapEKFACFB(fb.linear_parts(module)[index], module, "layer", **kwargs)
+
+
 def params():
     return [nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(()))]
 
@@ -227,6 +231,27 @@ CASES = {
     ),
     "conv transpose, groups, reduced": layer(
         fb.ConvTransposeKFCReduceFB, transposed_grouped, *TRANSPOSED_GROUPED
+    ),
+    "linear, corrected": layer(fb.FullyConnectedEKFACFB, linear, *LINEAR),
+    "linear, corrected, split": layer(
+        fb.FullyConnectedEKFACFB, linear, *LINEAR, size_limit=SPLIT
+    ),
+    "linear, transposed, corrected": layer(fb.FullyConnectedEKFACFB, conv1d, *LINEAR),
+    "conv, corrected": layer(fb.ConvEKFACFB, conv, *CONV),
+    "conv, groups, corrected, several calls": Case(
+        lambda: fb.ConvEKFACFB(grouped(), "layer"), GROUPED[:1] * 3, GROUPED[1:] * 3
+    ),
+    "depthwise, corrected": layer(fb.DepthwiseConvEKFACFB, depthwise, *DEPTHWISE),
+    "conv transpose, groups, corrected": layer(
+        fb.ConvTransposeEKFACFB, transposed_grouped, *TRANSPOSED_GROUPED
+    ),
+    "map of a cell, corrected, several calls": Case(
+        lambda: corrected_map(nn.GRUCell(3, 1)), ((6, 3),) * 3, ((6, 3),) * 3
+    ),
+    "maps of attention, corrected": Case(
+        lambda: corrected_map(nn.MultiheadAttention(2, 1)),
+        ((3, 6, 2), (5, 6, 2), (5, 6, 2)),
+        ((3, 6, 2), (5, 6, 2), (5, 6, 2)),
     ),
     "embedding": layer(fb.EmbeddingKFACFB, embedding, *IDS),
     "embedding, both diagonal": layer(
@@ -351,12 +376,12 @@ def register(block, case):
 
 
 def ready(name):
-    """Two batches with 4 loss terms each have entered: T is not 1."""
+    """Two batches with 4 loss terms each have entered, each refreshed: T is not 1."""
     case = CASES[name]
     block = register(case.make(), case)
     for _ in range(2):
         block.accumulate(block.moments(*draw(case), num_terms=4), decay=0.9)
-    refresh_inverses(block.factors)
+        refresh_inverses(block.factors)
     return block
 
 
@@ -368,9 +393,24 @@ def matrices(cov):
     return list(cov) if cov.dim() == 3 else [cov]
 
 
+def corrected(block):
+    """`Q diag(S) Qᵀ` of each group, in the basis of the current factors."""
+    A, G, S = (factor.get_cov_var() for factor in block.factors)
+    products = []
+    for *sides, scales in zip(
+        *(x if x.dim() == 3 else [x] for x in (A, G, S)), strict=True
+    ):
+        Q = torch.kron(*(torch.linalg.eigh(side)[1] for side in sides))
+        products.append(Q @ scales.flatten().diag() @ Q.T)
+    return torch.block_diag(*products)
+
+
 def damped(block):
     """`F_λ`, dense over the row-major entries of V: λ split by π, of each group."""
     T = block.num_locations
+    if len(block.factors) == 3:
+        C = corrected(block)
+        return T * C + DAMPING * torch.eye(len(C))
     if not isinstance(block, KroneckerProductFB):
         C = block.factors[0].get_cov()
         return T * C + DAMPING * torch.eye(len(C))
@@ -391,7 +431,8 @@ def test_every_block_is_in_the_table():
         if isinstance(kind, type) and issubclass(kind, fb.FisherBlock)
     }
     made = {type(case.make()) for case in CASES.values()}
-    assert made == kinds - {fb.FisherBlock, fb.KroneckerProductFB}
+    abstract = {fb.FisherBlock, fb.KroneckerProductFB, fb.EigenKroneckerFB}
+    assert made == kinds - abstract
 
 
 @pytest.mark.parametrize(("name", "exp"), [e for e in EXPS if e[0] in DENSE])
@@ -409,9 +450,12 @@ def test_the_undamped_block_and_its_products(name):
     block = ready(name)
     F = block.full_fisher_block()
     assert F.shape == (vector_for(block).numel(),) * 2
-    products = [torch.kron(*sides) for sides in zip(
-        *(matrices(factor.get_cov()) for factor in block.factors), strict=True)
-    ] if len(block.factors) == 2 else [block.factors[0].get_cov()]  # fmt: skip
+    covs = [matrices(factor.get_cov()) for factor in block.factors]
+    products = {
+        1: lambda: covs[0],
+        2: lambda: [torch.kron(*sides) for sides in zip(*covs, strict=True)],
+        3: lambda: [corrected(block)],
+    }[len(covs)]()
     close(F, block.num_locations * torch.block_diag(*products))
     close(block.trace(), F.trace())
     V = vector_for(block)
@@ -431,6 +475,8 @@ def test_cholesky_factors(name):
     close(inverse(L(V)), V)
     close(L(inverse(V)), V)
     close(inverse(L(V, transpose=True), transpose=True), V)
+    if len(block.factors) == 3:
+        return  # a root in the eigenbasis
     # Triangular: what L makes of the last coordinate is there alone.
     last = V.new_zeros(V.shape)
     last.view(-1)[-1] = 1
@@ -525,16 +571,19 @@ def test_damping_is_lambda_whatever_the_number_of_locations(name, T):
         close(block.multiply_matpower(V, exp), DAMPING**exp * V)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("full", "naive diagonal")])
+NOT_MERGED = ("full", "naive diagonal", "maps of attention, corrected")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in NOT_MERGED])
 def test_micro_batches_are_merged(name):
     """Moments of halves, merged, are those of the whole.
 
-    Not so of generic blocks: the square of a sum is no mean over halves.
+    Not so of generic blocks: the square of a sum is no mean over halves; and of attention
+    the first dimension is not that of examples.
     """
     case = CASES[name]
     inputs, (grads,) = draw(case)
-    block = case.make()
-    block.instantiate_factors(DAMPING)
+    block = ready(name)
     whole = block.moments(inputs, [grads], num_terms=6)
     some, others = slice(2), slice(2, None)
     merged = block.moments(part(inputs, some), [[g[:2] for g in grads]], 2)
@@ -550,8 +599,7 @@ def test_sources_add_up(name):
     case = CASES[name]
     inputs, (first,) = draw(case)
     second = draw(case)[1][0]
-    block = case.make()
-    block.instantiate_factors(DAMPING)
+    block = ready(name)
     both = block.moments(inputs, [first, second], 4)
     one, two = (block.moments(inputs, [grads], 4) for grads in (first, second))
     close(both[-1].cov, one[-1].cov + two[-1].cov)

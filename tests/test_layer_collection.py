@@ -83,21 +83,25 @@ EXPECTED = {
     "generic": {"full": fb.FullFB, "diagonal": fb.NaiveDiagonalFB},
     "fully_connected": dict.fromkeys(KRON, fb.FullyConnectedKFACBasicFB)
     | dict.fromkeys(REDUCE, fb.FullyConnectedKFACReduceFB)
+    | {"ekfac": fb.FullyConnectedEKFACFB}
     | {"diagonal": fb.FullyConnectedDiagonalFB, "full": fb.FullFB},
     "conv2d": dict.fromkeys(("kron", "kron_sua"), fb.ConvKFCBasicFB)
     | {
         "kron_reduce": fb.ConvKFCReduceFB,
+        "ekfac": fb.ConvEKFACFB,
         "diagonal": fb.ConvDiagonalFB,
         "full": fb.FullFB,
     },
     "conv_transpose": {
         "kron": fb.ConvTransposeKFCFB,
+        "ekfac": fb.ConvTransposeEKFACFB,
         "kron_reduce": fb.ConvTransposeKFCReduceFB,
         "diagonal": fb.ConvTransposeDiagonalFB,
         "full": fb.FullFB,
     },
     "depthwise_conv2d": {
         "kron": fb.DepthwiseConvKFCBasicFB,
+        "ekfac": fb.DepthwiseConvEKFACFB,
         "diagonal": fb.DepthwiseConvDiagonalFB,
         "full": fb.FullFB,
     },
@@ -114,17 +118,20 @@ EXPECTED = {
     },
     "fully_connected_multi": dict.fromkeys(INDEP, fb.FullyConnectedMultiIndepFB)
     | dict.fromkeys(REDUCE, fb.FullyConnectedKFACReduceFB)
-    | dict.fromkeys(SERIES, fb.FullyConnectedSeriesFB),
+    | dict.fromkeys(SERIES, fb.FullyConnectedSeriesFB)
+    | {"ekfac": fb.FullyConnectedEKFACFB},
     "conv2d_multi": {
         "kron_indep": fb.ConvKFCBasicMultiIndepFB,
         "kron_reduce": fb.ConvKFCReduceFB,
+        "ekfac": fb.ConvEKFACFB,
     },
     "embedding_multi": dict.fromkeys(INDEP, fb.EmbeddingKFACMultiIndepFB),
     "attention": {
-        "kron": fb.LinearMapFB, "diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB
+        "kron": fb.LinearMapFB, "ekfac": fb.LinearMapEKFACFB,
+        "diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB
     },
     "recurrent": dict.fromkeys(KRON, fb.LinearMapFB)
-    | {"diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
+    | {"ekfac": fb.LinearMapEKFACFB, "diagonal": fb.NaiveDiagonalFB, "full": fb.FullFB},
 }  # fmt: skip
 CASES = [(kind, approx) for kind, known in EXPECTED.items() for approx in known]
 

@@ -4,7 +4,8 @@ The names are those of `tf.contrib.kfac` and of its successor: "kron" a Kronecke
 product (with "in", "out" or "both" sides as diagonals), "diagonal", "full"; for layers
 that are used several times "kron_indep" (independent uses) and "kron_series_1", "..._2"
 (a linear chain over time); "kron_reduce" a product of the mean input and the summed
-gradient of each example, over all positions where it uses a layer. A one-hot input has a
+gradient of each example, over all positions where it uses a layer; "ekfac" a Kronecker
+product with its eigenvalues corrected. A one-hot input has a
 diagonal second moment to begin with, so of an embedding "kron" is "kron_in_diag" and
 "kron_out_diag" is "kron_both_diag".
 """
@@ -85,6 +86,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             {
                 **_kronecker("kron", fb.FullyConnectedKFACBasicFB),
                 **_kronecker("kron_reduce", fb.FullyConnectedKFACReduceFB),
+                "ekfac": fb.FullyConnectedEKFACFB,
                 "diagonal": fb.FullyConnectedDiagonalFB,
                 "full": _generic(fb.FullFB, *LinearFB.layer_types),
             }
@@ -94,6 +96,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
                 "kron": fb.ConvKFCBasicFB,
                 "kron_sua": _sides(fb.ConvKFCBasicFB, sua_approx_for_input=True),
                 "kron_reduce": fb.ConvKFCReduceFB,
+                "ekfac": fb.ConvEKFACFB,
                 "diagonal": fb.ConvDiagonalFB,
                 "full": _CONVOLUTION,
             }
@@ -102,6 +105,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             {
                 "kron": fb.ConvTransposeKFCFB,
                 "kron_reduce": fb.ConvTransposeKFCReduceFB,
+                "ekfac": fb.ConvTransposeEKFACFB,
                 "diagonal": fb.ConvTransposeDiagonalFB,
                 "full": _TRANSPOSED,
             }
@@ -109,6 +113,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "depthwise_conv2d": MappingProxyType(
             {
                 "kron": fb.DepthwiseConvKFCBasicFB,
+                "ekfac": fb.DepthwiseConvEKFACFB,
                 "diagonal": fb.DepthwiseConvDiagonalFB,
                 "full": _CONVOLUTION,
             }
@@ -142,6 +147,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             {
                 **_kronecker("kron_indep", fb.FullyConnectedMultiIndepFB),
                 **_kronecker("kron_reduce", fb.FullyConnectedKFACReduceFB),
+                "ekfac": fb.FullyConnectedEKFACFB,
                 "kron_series_1": _sides(fb.FullyConnectedSeriesFB, option=1),
                 "kron_series_2": _sides(fb.FullyConnectedSeriesFB, option=2),
             }
@@ -150,6 +156,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
             {
                 "kron_indep": fb.ConvKFCBasicMultiIndepFB,
                 "kron_reduce": fb.ConvKFCReduceFB,
+                "ekfac": fb.ConvEKFACFB,
             }
         ),
         "embedding_multi": MappingProxyType(
@@ -158,6 +165,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "attention": MappingProxyType(
             {
                 "kron": fb.LinearMapFB,
+                "ekfac": fb.LinearMapEKFACFB,
                 "diagonal": _of_part(fb.NaiveDiagonalFB),
                 "full": _of_part(fb.FullFB),
             }
@@ -165,6 +173,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, BlockFactory]] = MappingProxyType(
         "recurrent": MappingProxyType(
             {
                 **_kronecker("kron", fb.LinearMapFB),
+                "ekfac": fb.LinearMapEKFACFB,
                 "diagonal": _of_part(fb.NaiveDiagonalFB),
                 "full": _of_part(fb.FullFB),
             }
@@ -200,7 +209,7 @@ def takes_size_limit(kind: str, approx: str) -> bool:
     Not so of a diagonal, of what is asked for whole by name (but for the default of scale
     and shift), and of a chain over time, which needs whole matrices.
     """
-    kronecker = approx.startswith("kron") and "series" not in approx
+    kronecker = approx.startswith(("kron", "ekfac")) and "series" not in approx
     return kronecker or (kind, approx) == ("scale_and_shift", "full")
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .fused import ComputeByParts
+from .steps import Clock
 
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
 """What a layer is taken to be given, of the arguments of its call: `a`, a tensor; None
@@ -111,6 +112,15 @@ class LayerCall:
     nbytes: int
     output_shape: torch.Size
     grads: list[Tensor] = field(default_factory=list)
+
+    def has_examples(self, num_examples: int) -> bool:
+        """Whether its rows may be of one example each, by the shapes.
+
+        Not so of position embeddings, `[T, d]`, to which all examples add up.
+        """
+        shape = self.output_shape  # features last, or second
+        rows = shape[:-1].numel(), shape[:1].numel() * shape[2:].numel()
+        return num_examples in (*shape[:-1], *rows)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the input was overwritten after the call."""
@@ -201,6 +211,8 @@ class Capture:
         self.param_grads: dict[Tensor, Tensor] = {}
         self.probe: GradientProbe | None = None
         self.keep_forwards = False
+        self.keep_losses = False  # whether the loss of every batch is wanted
+        self.clock = Clock()
         self.forwards: list[RootCall] = []
         self._layers = {
             module: (name, layer.read, next(module.parameters(), None))
@@ -222,12 +234,11 @@ class Capture:
             ),
             model.register_forward_hook(_Hook(self, model, "_end"), always_call=True),
         ]
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        stacks = self._recording, self._by_parts
+        self._finalizer = weakref.finalize(self, _remove, handles, stacks)
 
     def close(self) -> None:
         """Remove every hook."""
-        self._recording.close()
-        self._by_parts.close()
         self._finalizer()
         if self.probe is not None:
             self.probe.close()
@@ -474,7 +485,11 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(accelerator)
 
 
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _remove(
+    handles: list[torch.utils.hooks.RemovableHandle], stacks: Iterable[ExitStack]
+) -> None:
+    for stack in stacks:
+        stack.close()
     for handle in handles:
         handle.remove()
 

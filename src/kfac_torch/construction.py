@@ -5,7 +5,7 @@ Left out: the options (`options.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from .layer_choice import Layers
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
-from .options import MOMENTUM
+from .options import MOMENTUM, group_options
 from .plain_updates import plain_options
 
 
@@ -104,3 +104,58 @@ def param_groups(
         options = plain_options(rule, lr, MOMENTUM if momentum is None else momentum)
         groups.append({"params": others, **options})
     return groups
+
+
+_OF_GROUPS = ("lr", "weight_decay", "momentum", "betas", "eps")
+
+
+def regroup(
+    groups: Sequence[Mapping[str, Any]],
+    chosen: set[Tensor],
+    momentum_type: str,
+    options: Mapping[str, Any],
+) -> tuple[list[list[Tensor]], list[dict[str, Any]]]:
+    """Return what is left in every group, and groups of the chosen with their options.
+
+    Raises:
+        ValueError: an option that groups do not have, or a value out of range.
+    """
+    unknown = sorted(set(options) - set(_OF_GROUPS))
+    if unknown or not options:
+        raise ValueError(
+            f"KFAC.group(): expected some of {', '.join(_OF_GROUPS)}, got "
+            f"{', '.join(unknown) or 'none'}; damping and limits are of the step as a whole"
+        )
+    left: list[list[Tensor]] = []
+    new: list[dict[str, Any]] = []
+    for group in groups:
+        mine = [p for p in group["params"] if p in chosen]
+        left.append([p for p in group["params"] if p not in chosen])
+        if mine:
+            known = {k: v for k, v in group.items() if k in _OF_GROUPS or k == "rule"}
+            _check_options(momentum_type, known, options)
+            new.append({**known, **options, "params": mine})
+    return left, new
+
+
+def _check_options(
+    momentum_type: str, known: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for options that a group of parameters cannot have."""
+    rule = known.get("rule")
+    foreign = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}, None: {"betas", "eps"}}[rule]
+    if rule is None and momentum_type.startswith("qmodel"):
+        foreign.add("momentum")  # the model's step has one
+    for name in sorted(foreign & set(options)):
+        raise ValueError(
+            f"KFAC.group(): {name}: expected no such option of parameters that follow "
+            f"{rule or momentum_type!r}, got {options[name]!r}"
+        )
+    group_options(
+        momentum_type=momentum_type if rule is None else "regular",
+        lr=options.get("lr", 0.0),
+        damping=0.0,
+        momentum=options.get("momentum"),
+        weight_decay=options.get("weight_decay", 0.0),
+        norm_constraint=None,
+    )

@@ -21,7 +21,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .capture import uncompiled
-from .fisher_blocks import FisherBlock, FullyConnectedSeriesFB, KroneckerProductFB
+from .fisher_blocks import (
+    EigenKroneckerFB,
+    FisherBlock,
+    FullyConnectedSeriesFB,
+    KroneckerProductFB,
+)
 from .fisher_blocks.reduce import ReduceFB
 from .fisher_factors import DiagonalFactor, FisherFactor, InverseProvidingFactor
 from .use_count import UseWatch
@@ -303,6 +308,10 @@ class Reports:
 
 _RULES = MappingProxyType({"adamw": "AdamW", "sgd": "plain momentum"})
 _UNUSED = "the network output of the first backward did not depend on it"
+_NOT_CORRECTED = (
+    'approx="ekfac" needs whole sides, and one is above the size limit: the block is that '
+    'of "kron"; a larger max_size of the SizeLimit makes it EKFAC\'s'
+)
 _DIFFERENTIATED = (
     "the network is differentiated inside its own loss (create_graph=True): the factors "
     "are of the output, not of its derivatives"
@@ -327,6 +336,8 @@ def _layer(
             f"used {_times(uses)} in the graph, seen {_times(calls)}: the factors miss "
             f"{missed}; call the layer itself, or register it with register_generic"
         )
+    if isinstance(block, EigenKroneckerFB) and len(factors) == 2:
+        notes.append(_NOT_CORRECTED)
     if uses == 0:
         notes.append(_UNUSED)
     return LayerReport(
@@ -350,6 +361,8 @@ def _in_words(block: FisherBlock, factors: Sequence[FisherFactor]) -> str:
         return "chain over time"
     if isinstance(block, ReduceFB):
         return "Kronecker, reduced"
+    if isinstance(block, EigenKroneckerFB) and len(factors) == 3:
+        return "Kronecker, eigenvalues corrected"
     if len(factors) > 1:
         return "Kronecker"
     kind = "diagonal" if isinstance(factors[0], DiagonalFactor) else "full"

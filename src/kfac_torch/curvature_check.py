@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, LayerCall, random_state, set_random_state
-from .estimator import FisherEstimator, block_layer
+from .estimator import FisherEstimator
 from .exact_blocks import BlockSums, Comparison, ExactBlocks, Sources
-from .fisher_blocks import FisherBlock
+from .fisher_blocks import EigenKroneckerFB, FisherBlock
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
 from .row_facts import RowFacts, expectation, has_rows
+from .sources import block_layer
 
 _SAME_DIRECTION = 1e-3  # of 1 − cosine: what is wrong is the scale alone
 
@@ -168,6 +169,12 @@ def check_curvature(
             try:
                 _gather(estimator, model, batch)
                 restore()
+                if any(isinstance(b, EigenKroneckerFB) for b in layers.get_blocks()):
+                    # A basis first, then the moments in it.
+                    estimator.update_inverses()
+                    _gather(estimator, model, batch)
+                    restore()
+                estimator.close()
                 return _compare(model, batch, layers, dense_limit)
             finally:
                 estimator.release()
@@ -289,11 +296,8 @@ def _describe(batch: Any) -> str:
 
 
 def _gather(estimator: FisherEstimator, model: nn.Module, batch: Any) -> None:
-    try:
-        _call(model, batch)
-        bad = estimator.update_covariances()
-    finally:
-        estimator.close()
+    _call(model, batch)
+    bad = estimator.update_covariances()
     if bad:
         raise ValueError(f"batch: NaN or Inf in {', '.join(bad)}; expected finite values")
 

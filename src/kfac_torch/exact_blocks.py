@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .capture import LayerCall, source_grads
-from .fisher_blocks import FisherBlock, KroneckerProductFB
+from .fisher_blocks import EigenKroneckerFB, FisherBlock, KroneckerProductFB
 from .fisher_factors import DiagonalFactor
 from .loss_functions import LossFunction
 from .row_facts import RowFacts, is_diagonal
@@ -70,6 +70,11 @@ class Sources:
 
     def __len__(self) -> int:
         return sum(len(z) * self._columns(loss) for z, loss, _ in self._parts)
+
+    @property
+    def num_examples(self) -> int:
+        """The first dimension of the network output."""
+        return len(self._parts[0][0])
 
     @staticmethod
     def _columns(loss: LossFunction) -> int:
@@ -197,6 +202,8 @@ def _norm_and_trace(block: FisherBlock) -> tuple[Tensor, Tensor]:
     kronecker = isinstance(block, KroneckerProductFB)
     norms, traces = [], []
     factors: Sequence[Any] = block.factors
+    if isinstance(block, EigenKroneckerFB):
+        factors = block.current_factors
     for factor in factors if kronecker else [_single_factor(block)]:
         if isinstance(factor, DiagonalFactor):
             diagonal = factor.get_cov_var()
@@ -240,7 +247,8 @@ class ExactBlocks:
         self._calls, self._edges = [calls[i] for i in used], [edges[i] for i in used]
         self._shapes = [grad.shape[1:] for grad in grads if grad is not None]
         for name, each in facts.items():
-            each.set_calls([call for call in self._calls if call.layer == name])
+            own = [call for call in self._calls if call.layer == name]
+            each.set_calls(own, sources.num_examples)
         self._params = [
             p for each in sums.values() for p in each.block.params if p.requires_grad
         ]

@@ -51,7 +51,8 @@ class FusedRegistration(abc.ABC):
 
         Args:
             module: the layer.
-            approx: of each, `"kron"`; or `"diagonal"` or `"full"` as of generic blocks.
+            approx: of each, `"kron"` or `"ekfac"`; or as of generic blocks `"diagonal"` or
+                `"full"`.
             name: of the layer; that in the model if None.
 
         Raises:
@@ -73,8 +74,8 @@ class FusedRegistration(abc.ABC):
         Args:
             module: the layer.
             approx: of each, `"kron"`, with diagonal sides `"kron_in_diag"`,
-                `"kron_out_diag"`, `"kron_both_diag"`; or `"diagonal"` or `"full"` as of
-                generic blocks.
+                `"kron_out_diag"`, `"kron_both_diag"`, `"ekfac"`; or as of generic blocks
+                `"diagonal"` or `"full"`.
             name: of the layer; that in the model if None.
 
         Raises:

@@ -86,6 +86,19 @@ class Layers:
         return choices
 
 
+def names_inside(model: nn.Module, argument: str, keys: Sequence[Key]) -> set[str]:
+    """Return the names of what the keys mean, and of everything inside it.
+
+    Raises:
+        ValueError: a key that means nothing in the model.
+
+    >>> sorted(names_inside(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "which", ["*.bias"]))
+    ['0.bias']
+    """
+    names = _Names(model)
+    return {name for key in keys for name in names.inside(argument, key)}
+
+
 @dataclass
 class Choices:
     """`Layers` by name.

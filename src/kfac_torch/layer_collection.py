@@ -248,7 +248,8 @@ class LayerCollection(
 
         `approx`: `"kron"`, with diagonal sides `"kron_in_diag"`, `"kron_out_diag"`,
         `"kron_both_diag"`, `"kron_reduce"` (averaged over the positions of an example,
-        with diagonal sides likewise), or `"diagonal"` or `"full"`.
+        with diagonal sides likewise), `"ekfac"` (eigenvalues corrected), `"diagonal"` or
+        `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -261,7 +262,8 @@ class LayerCollection(
         """Register an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with groups or without.
 
         `approx`: `"kron"`, `"kron_sua"` (spatially uncorrelated activations),
-        `"kron_reduce"` (averaged over locations), `"diagonal"` or `"full"`.
+        `"kron_reduce"` (averaged over locations), `"ekfac"` (eigenvalues corrected),
+        `"diagonal"` or `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -279,8 +281,8 @@ class LayerCollection(
     ) -> None:
         """Register an `nn.ConvTranspose1d`, `..2d` or `..3d`, with groups or without.
 
-        `approx`: `"kron"`, `"kron_reduce"` (averaged over locations), `"diagonal"` or
-        `"full"`.
+        `approx`: `"kron"`, `"kron_reduce"` (averaged over locations), `"ekfac"`
+        (eigenvalues corrected), `"diagonal"` or `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -292,7 +294,7 @@ class LayerCollection(
     ) -> None:
         """Register a convolution with one group per input channel.
 
-        `approx`: `"kron"` (each channel by itself), `"diagonal"` or `"full"`.
+        `approx`: `"kron"` (each channel by itself), `"ekfac"`, `"diagonal"` or `"full"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.
@@ -403,11 +405,11 @@ class LayerCollection(
                 `"kron_indep_in_diag"`, `..._out_diag`, `..._both_diag`),
                 `"kron_series_1"` or `"kron_series_2"` (a linear chain over time),
                 `"kron_reduce"` (averaged over the uses of an example, with diagonal sides
-                likewise).
+                likewise), `"ekfac"` (eigenvalues corrected, uses of an example summed).
             name: of the layer; that in the model if None.
             num_uses: calls in a forward, for `check_registration`.
             time_dim: the input's dimension that is time, where the layer is called once
-                for a whole sequence; for the series approximations.
+                for a whole sequence; for the series approximations and `"ekfac"`.
 
         Raises:
             ValueError: as `register_block`, or an unknown approximation.

@@ -28,13 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import GradientProbe, uncompiled
-from .construction import complete, loss_taken_back, param_groups
+from .capture import uncompiled
+from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
-from .layer_choice import Layers
+from .health import Health
+from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
+from .linalg import NotFiniteError
 from .loss_collection import Output
 from .loss_functions import LossFactory
 from .optimizer_state import NamedState
@@ -47,17 +49,15 @@ from .options import (
     group_options,
     resolve,
 )
+from .preconditioning import Schedule, dense_gradients, mean_curvature
+from .recording import Recorder
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
 
-_EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
 _MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 # What the state has of the optimizer's own attributes.
-_KEPT = (
-    *("_num_steps", "_num_burnt", "_inverses_due", "_calibrated", "_told"),
-    *("skipped_steps", "damping_unit"),
-)
+_KEPT = ("_calibrated", "_told", "damping_unit")
 
 
 class KFAC(NamedState):
@@ -72,10 +72,11 @@ class KFAC(NamedState):
     before the user's own backward and without touching any `.grad`.
 
     A batch with a NaN or an Inf in its statistics or its gradient changes no parameter
-    (and no factor, if statistics are due): the step is left out, counted in
-    `skipped_steps`, with a RuntimeWarning. The host reads one number of the device per
-    step, one more where statistics are due, and one for each distinct size of a factor
-    where inverses are.
+    (and no factor, if statistics are due): the step is left out and counted, the first one
+    with a RuntimeWarning. A factor that cannot be factorised climbs a ladder of rescues,
+    or keeps its last good inverse for a while; `health()` has all counts. The host reads
+    one number of the device per step, one more where statistics are due, and one for each
+    distinct size of a factor where inverses are.
 
     Args:
         model: the root module, or what `torch.compile` made of it; the loss must be a
@@ -136,7 +137,6 @@ class KFAC(NamedState):
     Attributes:
         last_step: a `StepRecord` of the last step, or None.
         damping_unit: the mean curvature at the start, where damping is relative.
-        skipped_steps: how many were left out.
 
     Raises:
         ValueError: a value out of range, a loss that is not known, or a model without
@@ -196,17 +196,10 @@ class KFAC(NamedState):
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(param_groups(names, layers, lr, momentum), defaults)
         self.last_step: StepRecord | None = None
-        self.skipped_steps = 0
         self._model = model
         self._names = names
         self._given_damping = self._damping = damping
         self._momentum_type = kind
-        self._cov_update_every = cov_update_every
-        self._invert_every = invert_every
-        self._num_burnin_steps = num_burnin_steps
-        self._num_steps = 0
-        self._num_burnt = 0
-        self._inverses_due = True
         self._calibrated = False
         self._told = False  # whether the change of the loss is known to be told
         self.damping_unit: float | None = None
@@ -214,6 +207,12 @@ class KFAC(NamedState):
         region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
         with loss_taken_back(layers, loss):
             self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
+        self._schedule = Schedule(
+            self.estimator,
+            cov_update_every=cov_update_every,
+            invert_every=invert_every,
+            num_burnin_steps=num_burnin_steps,
+        )
 
     def _watch(
         self,
@@ -244,9 +243,19 @@ class KFAC(NamedState):
         except NotImplementedError:
             self.estimator.release()
             raise
+        self._recorder = Recorder(self.estimator)
         if self._updates.modelled or self._updates.rule:
-            params = [p for block in layers.blocks.values() for p in block.params]
-            self.estimator.capture.probe = GradientProbe(min(params, key=torch.numel))
+            self._recorder.watch_scale()
+
+    def attach(self, writer: Callable[[StepRecord], Any], every: int = 1) -> None:
+        """Call `writer` with the `StepRecord` of every so many steps; see `telemetry`.
+
+        Such a record has the loss, where the gradient tells it, and π of every layer.
+
+        Raises:
+            ValueError: `every` is not a positive integer.
+        """
+        self._recorder.attach(writer, every)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -255,6 +264,58 @@ class KFAC(NamedState):
     def report(self) -> CoverageReport:
         """Return what K-FAC does with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
+
+    def health(self) -> Health:
+        """Return what went wrong so far and was mended, in numbers; see `Health`."""
+        return self.estimator.health
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because of a NaN or an Inf."""
+        return self.health().skipped_steps
+
+    def group(self, *which: Key, **options: Any) -> list[dict[str, Any]]:
+        """Move some parameters to a param group of their own.
+
+        Before a scheduler is constructed, which counts the groups; and before the state of
+        an optimizer with the same groups is loaded.
+
+        Args:
+            which: names or patterns of modules or parameters (`"*.bias"`), with all that
+                is inside them, module types, modules or parameters.
+            options: `lr`, `weight_decay`, `momentum`; of parameters without a block that
+                follow AdamW `betas` and `eps` too. The rest is as it was. With the
+                quadratic model there is one momentum, and the ratio of the `lr` of the
+                groups scales their parts of the direction, before the model sees it.
+
+        Returns:
+            The new groups: one for each group that parameters came from.
+
+        Raises:
+            ValueError: nothing is meant, or it is in no group; an unknown option, or a
+                value out of range. Nothing is changed then.
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = KFAC(model, loss="categorical", lr=0.1, weight_decay=0.01)
+        >>> [new] = optimizer.group("*.bias", weight_decay=0.0)
+        >>> len(new["params"]), [group["weight_decay"] for group in optimizer.param_groups]
+        (2, [0.01, 0.0])
+        """
+        model = uncompiled(self._model)
+        names = names_inside(model, "KFAC.group()", which)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        chosen: set[Tensor] = {p for name, p in params.items() if name in names}
+        left, new = regroup(self.param_groups, chosen, self._momentum_type, options)
+        if not new:
+            raise ValueError(
+                "KFAC.group(): expected parameters of this optimizer, got none: "
+                f"{', '.join(map(str, which)) or 'nothing'}"
+            )
+        for group, rest in zip(self.param_groups, left, strict=True):
+            group["params"] = rest
+        for group in new:
+            self.add_param_group(group)
+        return self.param_groups[-len(new) :]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the statistics that came with them.
@@ -284,44 +345,38 @@ class KFAC(NamedState):
             RuntimeError: on the first step, if there was no forward in training mode.
             ValueError: a `LevenbergMarquardt` was given and there is no closure, nor does
                 the gradient tell the loss; a parameter without a block has no `lr`.
-            torch.linalg.LinAlgError: a damped factor is singular; parameters and
-                inverses are unchanged. A λ that adapts is raised instead.
+            torch.linalg.LinAlgError: a damped factor is singular on every rung of the
+                ladder, and has no inverse to keep; parameters and inverses are unchanged.
+                A λ that adapts is raised instead, unless the factor has a NaN or an Inf.
         """
         self._stepping = True
+        clock = self.estimator.capture.clock
         try:
-            adapts = self._updates.rule is not None
-            trial = Trial(self._model, self.estimator, closure, adapts)
-            value = trial.first()
-            params, grads = self._gradients()
-            self.estimator.check_loss(value)
-            if self._updates.modelled or adapts:
-                trial.batch = self.estimator.batch_loss()
-                self._check_told(trial)
-            if self.estimator.sums_gradients and self.estimator.num_terms:
-                trial.num_terms = self.estimator.num_terms
-                grads = list(torch._foreach_div(grads, trial.num_terms))
-            burning = self._num_burnt < self._num_burnin_steps
-            collected = self.estimator.collecting and self.estimator.has_statistics()
-            bad = self._update_statistics(collected, grads, burning)
-            moves = not burning and not bad
-            if moves:
-                bad = self._move(params, grads, trial)
-            if bad:
-                self._skip(", ".join(bad))
-            if burning:
-                self._num_burnt += 1
-                self._stepping = False
-                return value
-            self._num_steps += 1
-            if collected and not bad:
-                self.estimator.collecting = False  # else it stays due
-            if self._num_steps % self._cov_update_every == 0:
-                self.estimator.collecting = True
-            if self._num_steps % self._invert_every == 0:
-                self._inverses_due = True
-            if moves and params and not bad:
-                self._adapt(trial)  # last: the closure may fail
-            self._stepping = False
+            with clock.phase("step"):
+                adapts = self._updates.rule is not None
+                trial = Trial(self._model, self.estimator, closure, adapts)
+                with clock.phase("closure"):
+                    value = trial.first()
+                params, grads = self._gradients()
+                self.estimator.check_loss(value)
+                written = self._recorder.is_due(self._schedule.num_steps)
+                if self._updates.modelled or adapts or written:
+                    trial.batch = self.estimator.batch_loss()
+                    self._check_told(trial)
+                grads, trial.num_terms = self._schedule.of_mean_loss(grads)
+                bad = self._schedule.update_statistics(grads)
+                moves = not self._schedule.burning and not bad
+                if moves:
+                    bad = self._move(params, grads, trial)
+                if bad:
+                    self.estimator.ledger.skip_step(bad, stacklevel=4)
+                self._schedule.advance(not bad)
+                moved = bool(moves and params and not bad)
+                if moved:
+                    self._adapt(trial)  # last: the closure may fail
+            self._stepping = False  # a writer may save the state
+            if moved and self.last_step is not None:
+                self.last_step = self._recorder.finish(self.last_step)
             return value
         except Exception:
             self._stepping = False
@@ -351,7 +406,7 @@ class KFAC(NamedState):
     def _adapt(self, trial: Trial) -> None:
         """Adapt λ where due, by the loss at the parameters that the step has led to."""
         rule, record = self._updates.rule, self.last_step
-        if rule is None or record is None or self._num_steps % rule.interval:
+        if rule is None or record is None or self._schedule.num_steps % rule.interval:
             return
         if trial.step is None or not trial.can_judge:
             return
@@ -363,35 +418,7 @@ class KFAC(NamedState):
     def _set_damping(self, damping: float) -> None:
         if damping != self.param_groups[0]["damping"]:
             self.param_groups[0]["damping"] = damping
-            self._inverses_due = True
-
-    def _update_statistics(
-        self, collected: bool, grads: list[Tensor], burning: bool
-    ) -> list[str]:
-        """Update the factors where due; return where there is a NaN or an Inf."""
-        estimator = self.estimator
-        if not collected:
-            estimator.reset()
-            return []
-        norms = torch._foreach_norm(grads)
-        flags = [norm.isfinite().to(norms[0].device) for norm in norms]
-        finite = torch.stack(flags).all() if flags else None
-        return estimator.update_covariances(finite, decay=1.0 if burning else None)
-
-    def _check_statistics(self) -> None:
-        """Raise RuntimeError where there are none; see that they are where the model is."""
-        blocks = self.estimator.blocks.values()
-        if not any(block.has_statistics for block in blocks):
-            raise RuntimeError(
-                "KFAC.step(): there are no statistics yet. Expected a call of the model "
-                "given to KFAC (model(x), not model.forward(x)), in training mode and with "
-                "gradients enabled, and its backward, between constructing the optimizer "
-                "and the first step(). Where torch.compile(model) is called, give KFAC the "
-                "compiled module; a torch.utils.checkpoint hides its layers unless "
-                "use_reentrant=False"
-            )
-        for block in blocks:
-            block.follow_params()
+            self._schedule.inverses_due = True
 
     def _set_unit(self, unit: float | None) -> None:
         """Bring a relative damping to units of the Fisher, where they are known."""
@@ -403,30 +430,34 @@ class KFAC(NamedState):
 
     def _update_inverses(self) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""
-        estimator = self.estimator
-        early = self._num_steps < _EARLY_REFRESHES or estimator.has_new_layers()
+        due = self._schedule.refresh_due
+        given = self.param_groups[0]["damping"]
         for attempt in range(_MAX_ADAPTATIONS):
-            if not (self._inverses_due or early):
+            if not due:
                 return
             try:
-                estimator.update_inverses()
-                self._inverses_due = early = False
-            except torch.linalg.LinAlgError:
-                if self._updates.rule is None or attempt == _MAX_ADAPTATIONS - 1:
+                self._schedule.refresh()
+                due = False
+            except torch.linalg.LinAlgError as error:
+                # No damping mends a NaN.
+                hopeless = isinstance(error, NotFiniteError)
+                last = attempt == _MAX_ADAPTATIONS - 1
+                if self._updates.rule is None or hopeless or last:
+                    self.param_groups[0]["damping"] = given
                     raise
                 damping = self.param_groups[0]["damping"]
                 self._set_damping(self._updates.rule.update(damping, -1.0))
 
     def _move(self, params: list[Tensor], grads: list[Tensor], trial: Trial) -> list[str]:
         """Move the parameters; return what is not finite, if anything: nothing moves."""
-        self._updates.num_steps = self._num_steps
-        self._check_statistics()
+        self._updates.num_steps = self._schedule.num_steps
+        self._schedule.check_statistics("KFAC")
         group = self.param_groups[0]
         if isinstance(self._damping, RelativeDamping):
-            self._set_unit(self._updates.mean_curvature())
-            group["damping"] = damping_at(self._damping, self._num_steps)
+            self._set_unit(mean_curvature(self.estimator.blocks.values()))
+            group["damping"] = damping_at(self._damping, self._schedule.num_steps)
         if callable(self._damping):
-            group["damping"] = damping_at(self._damping, self._num_steps)
+            group["damping"] = damping_at(self._damping, self._schedule.num_steps)
         rule = self._updates.rule
         if not params:
             self._update_inverses()
@@ -434,7 +465,7 @@ class KFAC(NamedState):
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        due = rule is not None and (self._num_steps + 1) % rule.interval == 0
+        due = rule is not None and (self._schedule.num_steps + 1) % rule.interval == 0
         step = self._updates.propose(params, grads, due, trial)
         self._announce_others(params)
         if not step.finite:
@@ -444,12 +475,17 @@ class KFAC(NamedState):
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
         self.last_step = StepRecord(
-            step=self._num_steps,
+            step=self._schedule.num_steps,
             lr=step.lr,
             momentum=step.momentum,
             damping=group["damping"],
             loss=trial.loss,
             predicted_change=step.predicted_change,
+            norm_scale=step.norm_scale,
+            region_scale=step.region_scale,
+            step_norm=step.norm(),
+            skipped_steps=self.skipped_steps,
+            **self._schedule.ages(),
         )
         return []
 
@@ -491,31 +527,10 @@ class KFAC(NamedState):
         Raises:
             ValueError: a sparse one.
         """
-        params, grads = [], []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"parameter {self._names.get(p, '?')}: expected a dense gradient, "
-                        f"got {p.grad.layout}; construct its layer with sparse=False"
-                    )
-                params.append(p)
-                grads.append(p.grad)
-        return params, grads
+        params = (p for group in self.param_groups for p in group["params"])
+        return dense_gradients(params, self._names)
 
     # Messages.
-
-    def _skip(self, why: str) -> None:
-        self.skipped_steps += 1
-        warnings.warn(
-            f"KFAC.step(): NaN, Inf or overflow in {why}; the step is left out: "
-            "parameters, velocities and factors keep their last good values (counted in "
-            "skipped_steps)",
-            RuntimeWarning,
-            stacklevel=5,
-        )
 
     def _announce_others(self, params: list[Tensor]) -> None:
         by_rule: dict[str, list[str]] = {}
@@ -540,14 +555,13 @@ class KFAC(NamedState):
         return {
             **self._updates.options,
             "damping": "a number" if number else self._given_damping,
-            "cov_update_every": self._cov_update_every,
-            "invert_every": self._invert_every,
-            "num_burnin_steps": self._num_burnin_steps,
+            **self._schedule.options,
         }
 
     def _own_state(self) -> dict[str, Any]:
         return {
             **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
+            **self._schedule.state_dict(),
             "adapts": self._updates.rule is not None,
             "last_step": self.last_step and dict(vars(self.last_step)),
         }
@@ -555,6 +569,7 @@ class KFAC(NamedState):
     def _load_own_state(self, own: dict[str, Any]) -> None:
         for name in _KEPT:
             setattr(self, name, own[name.lstrip("_")])
+        self._schedule.load_state_dict(own)
         self.last_step = own["last_step"] and StepRecord(**own["last_step"])
         self._updates.restore_rule(own["adapts"])
         self._set_unit(own["damping_unit"])

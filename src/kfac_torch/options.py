@@ -87,7 +87,7 @@ class TrustRegion:
         ValueError: a number that is not positive.
     """
 
-    fraction: float = 0.1
+    fraction: float = 0.05
     unit: float | None = None
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ def resolve(
     >>> resolve(0.1, None, 1e-2, "auto")
     ('regular', 0.01, 'auto')
     >>> resolve(None, None, None, "auto")[2]
-    TrustRegion(fraction=0.1, unit=None)
+    TrustRegion(fraction=0.05, unit=None)
     """
     is_automatic = momentum_type is None and lr is None
     if momentum_type is None:

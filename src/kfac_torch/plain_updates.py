@@ -83,6 +83,9 @@ def _sgd(
 def _adamw(
     g: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
+    if g.is_complex():  # real and imaginary parts are numbers of their own
+        direction, memory = _adamw(torch.view_as_real(g), group, state)
+        return torch.view_as_complex(direction), memory
     beta1, beta2 = group["betas"]
     t = state.get("step", 0) + 1
     m = torch.zeros_like(g).lerp(g, 1 - beta1)

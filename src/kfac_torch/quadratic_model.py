@@ -8,17 +8,20 @@ at the output, `N` the loss terms, `λ` the damping, `ℓ` the coefficient of a 
     M(w) = gᵀD w + ½ wᵀ (A + (ℓ + λ) DᵀD) w,     A = (1/N) (Bᵀ J D)ᵀ (Bᵀ J D)
 
 `A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass for
-all directions, or one each where an operation cannot do that, and no backward. With `D = [p, δ_prev]` the minimiser is the step of Martens &
-Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The weights are solved for in float64
-where the device has it, since the two directions tend to be nearly parallel. Left out:
-which directions (the optimizer's business), and how `λ` follows (`damping.py`).
+all directions, or one each where an operation cannot do that, and no backward; an
+operation without a forward mode is differentiated backward twice. With `D = [p, δ_prev]`
+the minimiser is the step of Martens & Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7.
+The weights are solved for in float64 where the device has it, since the two directions
+tend to be nearly parallel. Left out: which directions (the optimizer's business), and how
+`λ` follows (`damping.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,8 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .fused import ComputeByParts
 from .loss_functions import LossFunction
 
 Losses: TypeAlias = Callable[[Any], list[tuple[LossFunction, float]]]
@@ -136,6 +141,7 @@ def products(directions: Sequence[Sequence[Tensor]]) -> Tensor:
     device = directions[0][0].device
     total = torch.zeros((len(directions),) * 2, dtype=solving_dtype(device), device=device)
     for parts in zip(*directions, strict=True):
+        parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
         rows = torch.stack([_accumulating(part).flatten() for part in parts])
         total += (rows @ rows.mT).to(total)
     return total
@@ -257,7 +263,8 @@ def _together(
     found = list[tuple[LossFunction, float]]()
 
     def outputs(q: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        found[:] = losses(forward(q))
+        with _differentiable_kernels():
+            found[:] = losses(forward(q))
         return tuple(loss.inputs for loss, _ in found)
 
     primals = {name: p.detach() for name, p in params.items()}
@@ -265,11 +272,13 @@ def _together(
         name: torch.stack([d[name].to(p.dtype) for d in directions])
         for name, p in primals.items()
     }
-    zs, tangents = torch.vmap(
+    out_dims: Any = (None, 0)  # the stubs know no None
+    jvp: Any = torch.vmap(
         lambda direction: torch.func.jvp(outputs, (primals,), (direction,)),
-        out_dims=(None, 0),
+        out_dims=out_dims,
         randomness="same",
-    )(stacked)
+    )
+    zs, tangents = jvp(stacked)
     return [
         (loss.at(z), coeff, tangent)
         for (loss, coeff), z, tangent in zip(found, zs, tangents, strict=True)
@@ -295,30 +304,99 @@ def _pass(
     params: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
 ) -> list[tuple[LossFunction, float, Tensor]]:
-    with forward_ad.dual_level():
+    try:
+        return _forward_mode(forward, losses, params, direction)
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("forward AD", "forward mode AD", "jvp")):
+            raise
+        try:
+            return _twice_backward(forward, losses, params, direction)
+        except (NotImplementedError, RuntimeError) as other:
+            raise RuntimeError(
+                "the quadratic model differentiates the network in forward mode, or twice "
+                f"backward, and one of its operations has neither: {error}; {other}. "
+                'Expected one that has: use another, or a fixed lr with "regular" momentum'
+            ) from error
+
+
+def _forward_mode(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> list[tuple[LossFunction, float, Tensor]]:
+    with forward_ad.dual_level(), _differentiable_kernels():
         duals = {
             name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype))
             for name, p in params.items()
         }
-        try:
-            output = forward(duals)
-        except (NotImplementedError, RuntimeError) as error:
-            if not any(sign in str(error) for sign in ("forward AD", "forward mode AD")):
-                raise
-            raise RuntimeError(
-                "the quadratic model differentiates the network in forward mode, which one "
-                f"of its operations does not have: {error}. Expected one that has: use "
-                'another, or momentum_type="regular"'
-            ) from error
-        found = [
-            (loss, coeff, *forward_ad.unpack_dual(loss.inputs))
-            for loss, coeff in losses(output)
-        ]
-    return [
-        # An output may depend on none of the parameters.
-        (loss.at(z), coeff, torch.zeros_like(z) if tangent is None else tangent)
-        for loss, coeff, z, tangent in found
+        result = list[tuple[LossFunction, float, Tensor]]()
+        for loss, coeff in losses(forward(duals)):
+            z, tangent = forward_ad.unpack_dual(loss.inputs)
+            assert z is not None
+            # An output may depend on none of the parameters.
+            tangent = torch.zeros_like(z) if tangent is None else tangent
+            result.append((loss.at(z), coeff, tangent))
+    return result
+
+
+def _twice_backward(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> list[tuple[LossFunction, float, Tensor]]:
+    """`J d`, the derivative by `u` of `uᵀ J d`, where an operation has no forward mode."""
+    with torch.enable_grad(), _differentiable_kernels():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        result = list[tuple[LossFunction, float, Tensor]]()
+        for loss, coeff in losses(forward(leaves)):
+            z, u = loss.inputs, torch.zeros_like(loss.inputs, requires_grad=True)
+            tangent = torch.zeros_like(z)
+            along = _along(z, leaves, direction, u)
+            if along is not None:
+                (tangent,) = torch.autograd.grad(along, u, retain_graph=True)
+                _check_tangent(z, leaves, direction, tangent)
+            result.append((loss.at(z.detach()), coeff, tangent.detach()))
+    return result
+
+
+def _along(
+    z: Tensor, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor], u: Tensor
+) -> Tensor | None:
+    """`uᵀ J d`, 0-dim; None where `z` depends on none of the leaves."""
+    if not z.requires_grad:
+        return None
+    inputs = list(leaves.values())
+    grads = torch.autograd.grad(z, inputs, u, create_graph=True, allow_unused=True)
+    terms = [
+        (grad * direction[name].to(grad)).sum()
+        for name, grad in zip(leaves, grads, strict=True)
+        if grad is not None
     ]
+    return torch.stack(terms).sum() if terms else None
+
+
+def _check_tangent(
+    z: Tensor,
+    leaves: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    tangent: Tensor,
+) -> None:
+    """Hold `J d` to a single backward: an operation may drop its second in silence."""
+    w = torch.arange(z.numel(), dtype=z.dtype, device=z.device).cos().view(z.shape)
+    expected = _along(z, leaves, direction, w)
+    assert expected is not None
+    error = ((w * tangent).sum() - expected).abs()
+    if error > torch.finfo(z.dtype).eps ** 0.5 * w.norm() * tangent.norm() + 1e-30:
+        raise RuntimeError("an operation cannot be differentiated twice")
+
+
+@contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Use kernels that have a forward mode, which fused ones have not."""
+    with sdpa_kernel(SDPBackend.MATH), ComputeByParts(lambda part, a, s: s):
+        yield
 
 
 def rerun(

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -172,6 +173,10 @@ def find_layers(
 def _find(module: nn.Module, owners: Mapping[int, list[nn.Module]]) -> Found | str:
     """What a module is to be registered as; or why it is not."""
     kind, weight = kind_of(module), getattr(module, "weight", None)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit has compiled it, which hides its calls: use torch.compile"
+    if any(p.is_complex() for p in module.parameters(recurse=False)):
+        return "its parameters are complex"
     if kind is None:
         return f"there is no block for {type(module).__name__}"
     if isinstance(module, _FUSED):

@@ -59,6 +59,7 @@ class RowFacts:
         # The queries, keys and values of attention: a call each.
         self._in_turn = isinstance(block, LinearMapFB) and self._groups > 1
         self._masks: list[Tensor | None] = []
+        self._shared = False
         self._generator = torch.Generator().manual_seed(0)
         self.num_rows = 0  # R, without padding
         # Made with the first gradients, whose shape they need.
@@ -68,8 +69,10 @@ class RowFacts:
         self._gathered = torch.empty(0)  # the same by sources of all examples
         self._mixed = torch.empty(0)  # Σ_rs w_r w_s uᵀ C_rs u   [directions]
 
-    def set_calls(self, calls: Sequence[LayerCall]) -> None:
+    def set_calls(self, calls: Sequence[LayerCall], num_examples: int) -> None:
         """Say which calls of the layer gradients are going to be added of."""
+        # Rows that all examples share are taken example by example.
+        self._shared = not all(call.has_examples(num_examples) for call in calls)
         self._masks = [self._mask(call.input) for call in calls]
 
     def _mask(self, inputs: Tensor) -> Tensor | None:
@@ -138,7 +141,9 @@ class RowFacts:
 
     @property
     def examples_apart(self) -> bool:
-        """Whether the output of an example depends on rows of no other."""
+        """Whether the output of an example depends on rows of no other, or need not."""
+        if self._shared:
+            return True
         each = self._each
         return bool((each - self._gathered).abs().max() <= _resolution(each) * each.max())
 
@@ -172,7 +177,7 @@ def expectation(block: FisherBlock, facts: RowFacts | None) -> tuple[bool, str]:
         if len(block.factors) == 1:
             return True, f"the {kind}, summed over the rows of every example"
         return False, "nothing is known of this block"
-    left, right = block.factors
+    left, right = block.factors[:2]
     if isinstance(left, ConvInputSUAKroneckerFactor):
         return False, "activations are taken as spatially uncorrelated"
     convolution = isinstance(left, ConvInputKroneckerFactor)

@@ -9,12 +9,12 @@ sources (the estimator's business).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .capture import LayerCall, source_grads
+from .capture import Layer, LayerCall, source_grads
 from .fisher_blocks import FisherBlock, Moment
 from .loss_functions import LossFunction
 
@@ -70,19 +70,40 @@ class BatchMoments:
 
     def add_columns(self, z: Tensor, columns: Tensor) -> None:
         """Add the sources `columns [J, *z.shape]`, the same coordinate of every example."""
-        edges = [call.output for call in self._calls if call.output is not None]
-        if edges:
-            size = sum(call.nbytes for call in self._calls)
-            for chunk in columns.split(max(1, _BUFFER_BYTES // max(1, size))):
-                self._add_calls(source_grads([z], [chunk], edges))
-        if self._params:
-            # Gradients of parameters mix the examples, so each is a source of its own.
-            size = sum(param.nbytes for param in self._params)
-            for chunk in columns.split(max(1, _BUFFER_BYTES // max(1, size))):
-                for example in range(z.shape[0]):
+        N = z.shape[0]
+        edges = {i: e for i, call in enumerate(self._calls) if (e := call.output)}
+        apart = {i: e for i, e in edges.items() if self._calls[i].has_examples(N)}
+        if apart:
+            for chunk in self._chunks(columns, apart, []):
+                grads = source_grads([z], [chunk], list(apart.values()))
+                self._add_calls(self._of_calls(apart, grads))
+        # Gradients of parameters, and of rows that all examples share, mix the examples,
+        # so each is a source of its own.
+        mixed = {i: e for i, e in edges.items() if i not in apart}
+        if self._params or mixed:
+            for chunk in self._chunks(columns, mixed, self._params):
+                for example in range(N):
                     alone = torch.zeros_like(chunk)
                     alone[:, example] = chunk[:, example]
-                    self._add_params(source_grads([z], [alone], self._params))
+                    inputs = [*mixed.values(), *self._params]
+                    grads = source_grads([z], [alone], inputs)
+                    self._add_calls(self._of_calls(mixed, grads[: len(mixed)]))
+                    self._add_params(grads[len(mixed) :])
+
+    def _chunks(
+        self, columns: Tensor, calls: Iterable[int], params: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Columns in pieces whose gradients fit in the buffer."""
+        size = sum(self._calls[i].nbytes for i in calls)
+        size += sum(param.nbytes for param in params)
+        return columns.split(max(1, _BUFFER_BYTES // max(1, size)))
+
+    def _of_calls(
+        self, which: Iterable[int], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of some calls, with None for the others."""
+        found = dict(zip(which, grads, strict=True))
+        return [found.get(i) for i in range(len(self._calls))]
 
     def add_user_grads(self, scale: float) -> None:
         """Add what the user's backward brought to the layer outputs, times `scale`."""
@@ -154,8 +175,8 @@ class BatchMoments:
                 grad_covs = [cov * (rows / reached) for cov in grad_covs]
                 rows = reached
             covs = [*block.input_moments(inputs), *grad_covs]
-            uses = block.num_uses(inputs)
-            result[name] = [Moment(cov, rows, self._num_terms, uses) for cov in covs]
+            about = self._num_terms, block.num_uses(inputs), block.basis_version
+            result[name] = [Moment(cov, rows, *about) for cov in covs]
         return result
 
     def _num_rows(self, block: FisherBlock, used: set[int] | tuple[int, ...]) -> float:
@@ -180,6 +201,11 @@ class BatchMoments:
         return self._prepared[1]
 
 
+def block_layer(block: FisherBlock) -> Layer:
+    """Return what the capture has to record for a block."""
+    return Layer(block.modules, block.call_input, block.part)
+
+
 def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
     """Return `grads [S, *param.shape]` with zeros for those that are None."""
     S = next(grad.shape[0] for grad in grads if grad is not None)
@@ -187,6 +213,17 @@ def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> li
         p.new_zeros(S, *p.shape) if grad is None else grad
         for grad, p in zip(grads, params, strict=True)
     ]
+
+
+def with_random_signs(columns: Tensor, generator: torch.Generator) -> Tensor:
+    """Give every example of a column `[J, N, ...]` a random sign.
+
+    Nothing changes where examples do not interact. Where they do (batch statistics, rows
+    that all of them share), their cross terms then have the mean zero.
+    """
+    shape = (*columns.shape[:2], *[1] * (columns.dim() - 2))
+    signs = torch.randint(2, shape, generator=generator, device=columns.device)
+    return columns * (2 * signs - 1)
 
 
 def column_chunks(loss: LossFunction) -> Iterator[range]:

@@ -10,8 +10,8 @@ take a step, and whether (the optimizer's business).
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from .fisher_blocks import FisherBlock
 from .loss_functions import LossFunction
 from .options import Damping, QModel, TrustRegion
 from .plain_updates import plain_options, propose_plain
+from .preconditioning import limit_norm, precondition, ready_blocks
 from .quadratic_model import (
     QuadraticModel,
     TermWeights,
@@ -108,13 +109,6 @@ class UpdateRule:
         """Whether the quadratic model makes the step."""
         return self._qmodel is not None
 
-    def mean_curvature(self) -> float:
-        """Return `tr F/dim F` of all blocks that have statistics; reads the host."""
-        blocks = [b for b in self._estimator.blocks.values() if b.has_statistics]
-        device = blocks[0].params[0].device
-        total = torch.stack([block.trace().to(device) for block in blocks]).sum()
-        return total.item() / sum(p.numel() for block in blocks for p in block.params)
-
     @property
     def _group(self) -> dict[str, Any]:
         return self._optimizer.param_groups[0]
@@ -143,13 +137,7 @@ class UpdateRule:
         return {p: group for group in groups for p in group["params"]}
 
     def _ready_blocks(self, params: list[Tensor]) -> list[FisherBlock]:
-        """The blocks that have statistics, and a gradient for every parameter."""
-        present = set(params)
-        return [
-            block
-            for block in self._estimator.blocks.values()
-            if block.has_statistics and present.issuperset(block.params)
-        ]
+        return ready_blocks(self._estimator.blocks.values(), params)
 
     def propose(
         self,
@@ -197,7 +185,7 @@ class UpdateRule:
             params,
             step.deltas,
             step.memory,
-            change.isfinite(),
+            change.isfinite() & _finite_memory(step.memory).to(change.device),
             group["lr"],
             group["momentum"],
             change,
@@ -219,25 +207,39 @@ class UpdateRule:
         self, blocks: list[FisherBlock], params: list[Tensor], grads: list[Tensor]
     ) -> Step:
         """`η` and `μ` are given: `"regular"` and `"adam"`."""
-        group = self._group
-        lr, momentum = group["lr"], group["momentum"]
+        lrs, momenta = self._options(params, "lr"), self._options(params, "momentum")
+        limit = self._group["norm_constraint"]
         velocities = self._remembered(params, "momentum_buffer")
         if self._momentum_type == "adam":
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, grads)
-            updates = self._precondition(blocks, params, velocities)
-            finite = self._limit(updates, velocities, lr)
+            updates = precondition(blocks, params, velocities)
+            finite, kappa = limit_norm(updates, velocities, lrs, limit)
         else:
-            directions = self._precondition(blocks, params, grads)
-            finite = self._limit(directions, grads, lr)
-            velocities = list(torch._foreach_mul(velocities, momentum))
+            directions = precondition(blocks, params, grads)
+            finite, kappa = limit_norm(directions, grads, lrs, limit)
+            velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, directions)
             updates = velocities
-        deltas = list(torch._foreach_mul(updates, -lr))
-        if group["weight_decay"]:
-            torch._foreach_add_(deltas, params, alpha=-lr * group["weight_decay"])
+        deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
+        self._add_decay(deltas, params, [-lr for lr in lrs])
         memory = [{"momentum_buffer": velocity} for velocity in velocities]
-        return Step(params, deltas, memory, finite, lr, momentum)
+        lr, momentum = self._group["lr"], self._group["momentum"]
+        return Step(params, deltas, memory, finite, lr, momentum, norm_scale=kappa)
+
+    def _options(self, params: list[Tensor], name: str) -> list[Any]:
+        """An option of every parameter's own group."""
+        groups = self._groups()
+        return [groups[p][name] for p in params]
+
+    def _add_decay(
+        self, tensors: list[Tensor], params: list[Tensor], factors: list[float]
+    ) -> None:
+        """Add `factor · decay · θ`, in place."""
+        decays = self._options(params, "weight_decay")
+        if any(decays):
+            weights = [f * decay for f, decay in zip(factors, decays, strict=True)]
+            torch._foreach_add_(tensors, torch._foreach_mul(params, weights))
 
     def _propose_modelled(
         self,
@@ -249,18 +251,25 @@ class UpdateRule:
         """Step size, and maybe momentum, from the exact quadratic model."""
         group, total = self._group, self.total_damping()
         assert self._qmodel is not None
-        direction = self._precondition(blocks, params, grads)
-        if group["weight_decay"]:
-            torch._foreach_add_(direction, params, alpha=group["weight_decay"])
+        direction = precondition(blocks, params, grads)
+        self._add_decay(direction, params, [1.0] * len(params))
+        lr, shares = self._shares(params)
+        if min(shares) < 1:
+            torch._foreach_mul_(direction, shares)
         directions = [direction]
         fixed = None if self._momentum_type == "qmodel" else group["momentum"]
         if fixed != 0 and any(
             "previous_update" in self._optimizer.state[p] for p in params
         ):
-            directions.append(self._remembered(params, "previous_update"))
+            previous = self._remembered(params, "previous_update")
+            if min(shares) <= 0:
+                moves = [float(share > 0) for share in shares]
+                previous = list(torch._foreach_mul(previous, moves))
+            directions.append(previous)
         model = self._quadratic_model(params, grads, directions)
         weights = model.minimize(total, fixed, self._qmodel.max_momentum)
-        weights = self._limited(model, weights, total, trial)
+        weights = weights if lr is None else lr * weights
+        weights, scales = self._limited(model, weights, total, trial)
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
@@ -272,23 +281,34 @@ class UpdateRule:
             -weights[0],
             weights[1] if len(weights) > 1 else torch.zeros_like(weights[0]),
             model.change(weights, self._included()),
+            *scales,
         )
+
+    def _shares(self, params: list[Tensor]) -> tuple[float | None, list[float]]:
+        """The largest `lr` of all groups, and that of every parameter as a part of it."""
+        lrs = self._options(params, "lr")
+        if all(lr is None for lr in lrs):
+            return None, [1.0] * len(lrs)
+        known = [1.0 if lr is None else lr for lr in lrs]
+        largest = max(known)
+        return largest, [lr / largest if largest else 1.0 for lr in known]
 
     def _limited(
         self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
-    ) -> Tensor:
-        """Scale the step as a whole: by `lr`, to the norm limit, into the trust region."""
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Scale the step as a whole: to the norm limit, into the trust region."""
         group = self._group
-        if group["lr"] is not None:
-            weights = weights * group["lr"]
-        limits = [(group["norm_constraint"], total)]
-        if group["trust_region"] is not None:
-            limits.append((self._region(trial, weights), 0.0))
-        for limit, damping in limits:
+        scales: list[Tensor | None] = []
+        for name, damping in (("norm_constraint", total), ("trust_region", 0.0)):
+            limit, scale = group[name], None
+            if limit is not None and name == "trust_region":
+                limit = self._region(trial, weights)
             if limit is not None:
                 norm = model.squared_norm(weights, damping)
-                weights = weights * (limit / norm).sqrt().clamp(max=1.0)
-        return weights
+                scale = (limit / norm).sqrt().clamp(max=1.0)
+                weights = weights * scale
+            scales.append(scale)
+        return weights, scales
 
     def _region(self, trial: Trial, like: Tensor) -> Tensor | None:
         """`fraction · L`; where nothing tells `L`, no limit."""
@@ -304,7 +324,9 @@ class UpdateRule:
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
-        calls = self._estimator.capture.forwards
+        known = self._estimator.capture.forwards
+        # Forwards that no backward has reached are no part of the batch.
+        calls = [call for call in known if call.arrived] or known
         device = params[0].device
         now = random_state(device) if calls else None
 
@@ -381,35 +403,16 @@ class UpdateRule:
             for p in params
         ]
 
-    def _precondition(
-        self,
-        blocks: list[FisherBlock],
-        params: list[Tensor],
-        tensors: list[Tensor],
-    ) -> list[Tensor]:
-        """`F̂⁻¹` on the parameters with a block; the others as they are."""
-        result = dict(zip(params, tensors, strict=True))
-        for block in blocks:
-            parts = [result[p] for p in block.params]
-            result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
-        return [result[p].to(p.dtype) for p in params]
-
-    def _limit(self, directions: list[Tensor], grads: list[Tensor], lr: float) -> Tensor:
-        """Scale `p` by `κ` in place; return whether it is finite, 0-dim."""
-        dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
-        dtype = torch.promote_types(dtype, torch.float32)
-        pairs = zip(directions, grads, strict=True)
-        dots = [torch.dot(d.flatten().to(dtype), g.flatten().to(dtype)) for d, g in pairs]
-        total = torch.stack([dot.to(dots[0].device) for dot in dots]).sum()
-        constraint = self._group["norm_constraint"]
-        if constraint is not None and lr:
-            norm = (lr**2 * total).clamp(min=0)
-            torch._foreach_mul_(directions, (constraint / norm).sqrt().clamp(max=1.0))
-        return total.isfinite()
-
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
     return [list(itertools.compress(tensors, which)) for tensors in lists]
+
+
+def _finite_memory(memory: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Whether what is to be remembered is finite: the square of a gradient may not be."""
+    tensors = [v for each in memory for v in each.values() if isinstance(v, Tensor)]
+    largest = torch._foreach_norm(tensors, math.inf)
+    return torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all()
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

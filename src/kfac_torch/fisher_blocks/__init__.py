@@ -18,6 +18,14 @@ from .conv_transpose import (
     ConvTransposeDiagonalFB as ConvTransposeDiagonalFB,
     ConvTransposeKFCFB as ConvTransposeKFCFB,
 )
+from .eigen import (
+    ConvEKFACFB as ConvEKFACFB,
+    ConvTransposeEKFACFB as ConvTransposeEKFACFB,
+    DepthwiseConvEKFACFB as DepthwiseConvEKFACFB,
+    EigenKroneckerFB as EigenKroneckerFB,
+    FullyConnectedEKFACFB as FullyConnectedEKFACFB,
+    LinearMapEKFACFB as LinearMapEKFACFB,
+)
 from .embedding import (
     EmbeddingKFACFB as EmbeddingKFACFB,
     EmbeddingKFACMultiIndepFB as EmbeddingKFACMultiIndepFB,

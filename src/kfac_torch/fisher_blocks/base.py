@@ -35,15 +35,19 @@ class Moment:
         rows: `R`.
         terms: `N`, the loss terms of the same batches.
         uses: of the layer in an example, where that matters.
+        basis_version: of the block's, where there is one; -1 of moments in several.
     """
 
     cov: Tensor
     rows: float
     terms: float
     uses: int = 1
+    basis_version: int = 0
 
     def merge(self, other: Moment) -> None:
         """Take in another batch: as if both had been one."""
+        if self.basis_version != other.basis_version:
+            self.basis_version = -1
         self.rows += other.rows
         self.terms += other.terms
         self.cov = self.cov.lerp(other.cov, other.rows / self.rows)
@@ -157,6 +161,11 @@ class FisherBlock(abc.ABC):
 
     # Statistics.
 
+    @property
+    def basis_version(self) -> int:
+        """A number that changes with the basis of the moments, where that moves."""
+        return 0
+
     skips_idle_rows = False
     """Whether rows are tokens, some of which may be padding: without any gradient."""
 
@@ -213,7 +222,8 @@ class FisherBlock(abc.ABC):
         inputs = list(map(self.prepare_input, inputs, shapes))
         covs = self.input_moments(inputs) + self.grad_moments(inputs, stacked, num_terms)
         rows, uses = self.num_rows(inputs, num_terms), self.num_uses(inputs)
-        return [Moment(cov, rows, num_terms, uses) for cov in covs]
+        version = self.basis_version
+        return [Moment(cov, rows, num_terms, uses, version) for cov in covs]
 
     def accumulate(self, moments: Sequence[Moment], decay: float) -> None:
         """Let a batch enter the running moments of all factors."""

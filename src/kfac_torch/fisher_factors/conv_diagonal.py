@@ -11,7 +11,7 @@ stored inverses, as in `diagonal.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -137,14 +137,9 @@ class ConvDiagonalFactor(DiagonalFactor):
         return self._summed_cov(inputs, grads.unsqueeze(0))
 
     def _summed_cov(self, *tensors: Tensor) -> Tensor:
-        conv, inputs = self._conv, tensors[0]
-        channel_dim = -1 if conv.channels_last else 2
-        grads = tensors[1].movedim(channel_dim, 1).movedim(0, -1)  # [K, N, *out, S]
-        grads = grads.unflatten(0, (conv.groups, -1)).movedim(2, 0)  # [N, groups, K', ...]
+        conv, (inputs, grads) = self._conv, tensors
         total = torch.zeros(self._cov_shape, dtype=self._dtype, device=inputs.device)
-        example = total.numel() * grads.shape[-1] * total.element_size()
-        step = max(1, GRADIENT_BYTES // example)
-        for some, some_grads in zip(inputs.split(step), grads.split(step), strict=True):
+        for some, some_grads in self.split_examples(inputs, grads):
             total += self._sum_of_squares(some, some_grads)
         total = conv.in_order(total.div_(len(inputs)), [0])
         if self._mask is not None:
@@ -153,12 +148,19 @@ class ConvDiagonalFactor(DiagonalFactor):
 
     def _sum_of_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Sum of squared gradients of few examples; `grads [N, groups, K', *out, S]`."""
+        total = self.example_gradients(inputs, grads).square_().sum((0, 4))
+        return total.transpose(0, 1).flatten(1)
+
+    def example_gradients(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Return the gradients of few examples, `[N, groups, columns(+1), K', S]`.
+
+        Columns are channel-major. `grads [N, groups, K', *out, S]`.
+        """
         conv, dtype = self._conv, self._dtype
         N, S = len(inputs), grads.shape[-1]
         size = self._out_channels // conv.groups
-        weights = torch.zeros(
-            N, conv.groups, conv.columns, size * S, dtype=dtype, device=inputs.device
-        )
+        shape = (N, conv.groups, conv.columns + self._has_bias, size * S)
+        weights = torch.zeros(shape, dtype=dtype, device=inputs.device)
         patches = conv.patches(inputs)
         first = 2 + len(conv.kernel)  # of the output dimensions
         for n, o in conv.pieces(inputs):
@@ -166,11 +168,23 @@ class ConvDiagonalFactor(DiagonalFactor):
             P = P.reshape(len(P) * conv.groups, conv.columns, -1)
             g = grads[n, :, :, o].to(dtype).movedim(2, -2).flatten(2, -3)
             rows = g.reshape(len(P), -1, size * S)  # [N·groups, locations, K'·S]
-            weights[n].flatten(0, 1).baddbmm_(P, rows)
-        squares = [weights.square_().sum(0)]
+            weights[n].flatten(0, 1)[:, : conv.columns].baddbmm_(P, rows)
         if self._has_bias:
             bias = grads.to(dtype).sum(tuple(range(3, grads.dim() - 1)))
-            squares.append(bias.square_().sum(0).flatten(1).unsqueeze(1))
-        total = torch.cat(squares, dim=1)  # [groups, columns(+1), K'·S]
-        total = total.unflatten(2, (size, S)).sum(-1)
-        return total.transpose(0, 1).flatten(1)
+            weights[:, :, -1] = bias.flatten(2)
+        return weights.unflatten(3, (size, S))
+
+    def split_examples(
+        self, inputs: Tensor, grads: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield few examples at a time, as `example_gradients` takes them.
+
+        `grads [S, N, *output]`, as many examples as have their gradients in one buffer.
+        """
+        conv = self._conv
+        channel_dim = -1 if conv.channels_last else 2
+        grads = grads.movedim(channel_dim, 1).movedim(0, -1)  # [K, N, *out, S]
+        grads = grads.unflatten(0, (conv.groups, -1)).movedim(2, 0)  # [N, groups, K', ...]
+        width = torch.Size(self._cov_shape).numel() * grads.shape[-1]
+        step = max(1, GRADIENT_BYTES // (width * self._dtype.itemsize))
+        yield from zip(inputs.split(step), grads.split(step), strict=True)

@@ -1,0 +1,297 @@
+"""`EigenScaleFactor`: second moments of a layer's gradient in the eigenbasis of K-FAC.
+
+Notation: `A = Q_A diag(s_A) Q_Aᵀ [m, m]` and `G = Q_G diag(s_G) Q_Gᵀ [n, n]` the factors
+of a Kronecker block, `W_i = Σ_p a_ip g_ipᵀ [m, n]` the gradient of example `i`, summed
+over its positions, `R` the rows of the layer. The scales are
+
+    S = (1/R) Σ_i (Q_Aᵀ W_i Q_G)²        (elementwise square)
+
+summed over sources (George et al. 2018, arXiv 1806.03884, equation 9): the diagonal of
+the exact block in this basis, up to `T = R/N`. With one position it is `(a Q_A)²ᵀ (g
+Q_G)² / R` and no gradient of an example is formed; else those of some examples at a time
+are, and rotated, or are formed of rotated rows, whichever is cheaper.
+
+The basis moves at a refresh alone, the scales at every update. Before the first update in
+a basis they are `s_A s_Gᵀ`, K-FAC's own. From a basis to the next they go as
+
+    S' = (Q_A'ᵀ Q_A)² S ((Q_G'ᵀ Q_G)²)ᵀ
+
+the diagonal, in the new basis, of the matrix that `S` is in the old. So they stay
+non-negative and keep their sum, and an unchanged basis leaves them as they are; what was
+learned beside K-FAC is kept, which `s_A s_Gᵀ` anew would forget. The squares of a rotation
+are doubly stochastic: between two updates a basis that wanders evens the scales out.
+
+Left out: sides that are not whole matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..linalg import psd_eigh
+from .base import FactorOptions
+from .data import append_homog
+from .diagonal import GRADIENT_BYTES, DiagonalFactor
+from .inverse_providing import Computed, InverseProvidingFactor, Stored
+from .refreshing import refresh_inverses
+
+
+class EigenScaleFactor(DiagonalFactor):
+    """The scales of a Kronecker product `A ⊗ G`, and the basis they belong to.
+
+    Stored as `[m, n]`, or `[groups, m, n]` where `A` and `G` are stacks of matrices.
+
+    Args:
+        A: the factor of the inputs, a whole matrix.
+        G: the factor of the output gradients.
+        name: for messages and checkpoints.
+        options: see `FactorOptions`.
+
+    >>> from kfac_torch.fisher_factors import FullyConnectedKroneckerFactor
+    >>> A, G = (FullyConnectedKroneckerFactor([[torch.eye(2)]]) for _ in range(2))
+    >>> EigenScaleFactor(A, G, "layer.scales").describe()
+    'eigenvalues 2x2'
+    """
+
+    def __init__(
+        self,
+        A: InverseProvidingFactor,
+        G: InverseProvidingFactor,
+        name: str,
+        options: FactorOptions = FactorOptions(),
+    ) -> None:
+        self._sides = (A, G)
+        self._basis = Stored("eigenbasis", 0.0, 0.0)
+        self._num_corrections = 0
+        super().__init__([[_no_data]], name, options, A._dtype, A._device)
+
+    @property
+    def _cov_shape(self) -> tuple[int, ...]:
+        A, G = self._sides
+        return (*A._matrix_shape[:-1], G._matrix_shape[-1])
+
+    def _check_tensor(self, *tensors: Tensor) -> None:
+        raise RuntimeError(f"{self.name}: the moment is the block's to make")
+
+    def _new_cov(self, *tensors: Tensor) -> Tensor:
+        raise RuntimeError(f"{self.name}: the moment is the block's to make")
+
+    def num_rows(self, *tensors: Tensor) -> int:
+        """`R`: the rows of the layer."""
+        return self._sides[0].num_rows(*tensors)
+
+    def describe(self) -> str:
+        """Return how many scales there are, as in `"eigenvalues 513x256"`."""
+        *stack, m, n = self._cov_shape
+        return "".join(f"{size} x " for size in stack) + f"eigenvalues {m}x{n}"
+
+    # The basis.
+
+    @property
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """`Q_A [..., m, m]` and `Q_G [..., n, n]`, eigenvectors as columns.
+
+        Raises:
+            RuntimeError: before the first refresh.
+        """
+        if not self._basis.refreshed:
+            raise RuntimeError(
+                f"{self.name}: there is no basis yet; call refresh_inverses(factors), or "
+                "update_inverses() of the estimator, after an update of the statistics"
+            )
+        Q_A, Q_G = self._basis.tensors
+        return Q_A, Q_G
+
+    @property
+    def basis_version(self) -> int:
+        """A number that changes with the basis; 0 before there is one."""
+        return 1 + self._basis.tensors[0]._version if self._basis.refreshed else 0
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether there is a basis."""
+        return self._basis.refreshed
+
+    @property
+    def num_corrections(self) -> int:
+        """How many updates have entered the scales; those before there was a basis, and
+        those of an older one, have not.
+        """
+        return self._num_corrections
+
+    def instantiate_cov_variables(self) -> None:
+        """Make the scales and the basis. Raises RuntimeError on a second call."""
+        super().instantiate_cov_variables()
+        self._basis.tensors = tuple(
+            torch.zeros(side._matrix_shape, dtype=self._dtype, device=self._device)
+            for side in self._sides
+        )
+
+    def accumulate(self, cov: Tensor, ema_decay: float, weight: float = 1.0) -> None:
+        """Let new scales, in the current basis, enter the moving average.
+
+        Before there is a basis the update is counted alone.
+        """
+        if not self.is_refreshed:
+            self.skip()
+            return
+        super().accumulate(cov, ema_decay, weight)
+        self._num_corrections += 1
+
+    def skip(self) -> None:
+        """Count an update that says nothing of the scales in the current basis."""
+        self._num_updates += 1
+
+    def compute_stored(self) -> list[Computed]:
+        """Return the basis of the current `A` and `G`, and the scales in it."""
+        floor = self._options.eigenvalue_clipping_threshold
+        (s_A, Q_A), (s_G, Q_G) = (
+            psd_eigh(side.get_cov(), floor, side.name) for side in self._sides
+        )
+        if self._num_corrections:
+            old_A, old_G = self.basis
+            left, right = (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
+            scales = left @ self._stored_cov() @ right.mT
+        else:
+            scales = s_A.unsqueeze(-1) * s_G.unsqueeze(-2)
+        moved = Stored("scales", 0.0, 0.0, (self._stored_cov(),))
+        return [(self._basis, (Q_A, Q_G)), (moved, (scales,))]
+
+    def make_inverse_update_ops(self) -> list[Callable[[], None]]:
+        """Return a callable that brings the scales to the basis of the current factors."""
+
+        def op() -> None:
+            refresh_inverses([self])
+
+        return [op]
+
+    # Costs.
+
+    @property
+    def kept_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the scales and of the basis."""
+        return [self._cov_shape, *(side._matrix_shape for side in self._sides)]
+
+    @property
+    def refresh_cost(self) -> int:
+        """About how many multiply-adds a refresh takes."""
+        # An eigendecomposition is some 9 n³ (Golub & Van Loan), a rotation one more.
+        *stack, m, n = self._cov_shape
+        return torch.Size(stack).numel() * (10 * (m**3 + n**3) + m * n * (m + n))
+
+    # State.
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the state to a device."""
+        super().to(device)
+        self._basis.tensors = tuple(q.to(self._device) for q in self._basis.tensors)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that `load_state_dict` needs to restore the factor bit for bit."""
+        return {
+            **super().state_dict(),
+            "basis": [q.clone() for q in self._basis.tensors],
+            "refreshed": self._basis.refreshed,
+            "num_corrections": self._num_corrections,
+        }
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `load_state_dict` would not fit; changes nothing."""
+        if "basis" not in state:
+            raise ValueError(
+                f"{self.name}: expected scales and their basis in the state, got those of "
+                "another factor; was the layer registered with another approximation?"
+            )
+        super().check_state_dict(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the state of another factor; nothing is changed then.
+        """
+        super().load_state_dict(state)
+        self._basis.tensors = tuple(
+            q.to(self._device, self._dtype, copy=True) for q in state["basis"]
+        )
+        self._basis.refreshed = state["refreshed"]
+        self._num_corrections = state["num_corrections"]
+
+
+def _no_data() -> Tensor:
+    raise RuntimeError("scales keep no data: the moment is the block's to make")
+
+
+def squares_of_gradients(W: Tensor, Q_A: Tensor, Q_G: Tensor) -> Tensor:
+    """Return `Σ_i (Q_Aᵀ W_i Q_G)²`, `[groups, m, n]`.
+
+    Args:
+        W: gradients of examples and sources, `[..., groups, m, n]`.
+        Q_A: `[groups, m, m]`.
+        Q_G: `[groups, n, n]`.
+
+    >>> W = torch.tensor([[[[1.0, 2.0]]], [[[3.0, 0.0]]]])
+    >>> squares_of_gradients(W, torch.ones(1, 1, 1), torch.eye(2)[None])
+    tensor([[[10.,  4.]]])
+    """
+    W = W.flatten(0, -4)
+    rotated = torch.einsum("xgmn,gmi->xgin", W, Q_A)
+    rotated = torch.einsum("xgin,gno->xgio", rotated, Q_G)
+    return rotated.square_().sum(0)
+
+
+def squares_of_rows(
+    a: Tensor, g: Tensor, Q_A: Tensor, Q_G: Tensor, has_bias: bool
+) -> Tensor:
+    """Return `Σ_i (Q_Aᵀ (Σ_p a_ip g_ipᵀ) Q_G)²`, `[m, n]`, some examples at a time.
+
+    Args:
+        a: `[N, P, in]`.
+        g: `[S, N, P, n]`, of S sources.
+        Q_A: `[m, m]`; with a bias `m` is `in + 1`.
+        Q_G: `[n, n]`.
+        has_bias: append a one, last, to each row of `a`.
+
+    >>> a, g = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[[3.0], [-1.0]]]])
+    >>> squares_of_rows(a, g, torch.ones(1, 1), torch.ones(1, 1), has_bias=False)
+    tensor([[1.]])
+    """
+    S, _, P, n = g.shape
+    m = len(Q_A)
+    rows_first = P == 1 or P * (m * m + S * n * n) < S * m * n * (m + n)
+    widest = max(P * (m + S * n), 0 if P == 1 else S * m * n)
+    step = max(1, GRADIENT_BYTES // (widest * Q_A.element_size()))
+    total = Q_A.new_zeros(m, n)
+    for some_a, some_g in zip(a.split(step), g.split(step, 1), strict=True):
+        x, y = some_a.to(Q_A.dtype), some_g.to(Q_G.dtype)
+        x = append_homog(x) if has_bias else x
+        if rows_first:
+            x, y = x @ Q_A, y @ Q_G
+        if P == 1:
+            total += x.square_().squeeze(1).mT @ y.square_().sum(0).squeeze(1)
+        elif rows_first:
+            total += (x.mT @ y).square_().sum((0, 1))
+        else:
+            W = (x.mT @ y).unsqueeze(2)
+            total += squares_of_gradients(W, Q_A[None], Q_G[None])[0]
+    return total
+
+
+def by_batch_size(
+    inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return calls that may have examples in common together: those of one batch size.
+
+    Args:
+        inputs: `[N, ...]`, one per call.
+        grads: `[S, N, ...]`.
+    """
+    groups: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for a, g in zip(inputs, grads, strict=True):
+        groups.setdefault(len(a), []).append((a, g))
+    return list(groups.values())

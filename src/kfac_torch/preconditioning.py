@@ -1,0 +1,245 @@
+"""What comes before a step: the factors, where due their inverses, and `F̂⁻¹ g`.
+
+Notation: `g` the gradient of the mean loss, `F̂` the damped block-diagonal Fisher,
+`p = F̂⁻¹ g`, `η` the learning rate, `c` the norm constraint:
+
+    κ = min(1, sqrt(c / Σ η² pᵀg)),  pᵀg = pᵀF̂p
+
+(Ba et al. 2017, section 5, "Distributed second-order optimization using
+Kronecker-factored approximations"). `KFAC` makes its own step of `p`, `KFACPreconditioner`
+leaves that to another optimizer. Left out: λ, and what a singular factor leads to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .estimator import FisherEstimator
+from .fisher_blocks import FisherBlock
+
+_COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
+_EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
+
+
+class Schedule:
+    """When statistics and inverses are due, and the factors' part of a step.
+
+    Args:
+        estimator: of the Fisher.
+        cov_update_every: steps between statistics.
+        invert_every: steps between refreshes of the inverses.
+        num_burnin_steps: the first steps, which only gather statistics.
+
+    Attributes:
+        options: what it was made with, by name.
+        num_steps: taken, burn-in not counted.
+        num_burnt: steps of burn-in taken.
+        inverses_due: whether the inverses are to be refreshed.
+        last_update: the step at which statistics last entered the factors, if known.
+        last_refresh: the step at which the inverses were refreshed, if known.
+    """
+
+    def __init__(
+        self,
+        estimator: FisherEstimator,
+        *,
+        cov_update_every: int,
+        invert_every: int,
+        num_burnin_steps: int = 0,
+    ) -> None:
+        self._estimator = estimator
+        self.options = {
+            "cov_update_every": cov_update_every,
+            "invert_every": invert_every,
+            "num_burnin_steps": num_burnin_steps,
+        }
+        self._collected = False
+        self.num_steps = 0
+        self.num_burnt = 0
+        self.inverses_due = True
+        self.last_update: int | None = None
+        self.last_refresh: int | None = None
+
+    @property
+    def burning(self) -> bool:
+        """Whether the next step is one of the burn-in."""
+        return self.num_burnt < self.options["num_burnin_steps"]
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the inverses are due: by their age, or as one of the first ones."""
+        early = self.num_steps < _EARLY_REFRESHES
+        return self.inverses_due or early or self._estimator.has_new_layers()
+
+    def of_mean_loss(self, grads: list[Tensor]) -> tuple[list[Tensor], float]:
+        """Return gradients of the mean loss, and what they were divided by for that."""
+        if not (self._estimator.sums_gradients and self._estimator.num_terms):
+            return grads, 1
+        terms = self._estimator.num_terms
+        return list(torch._foreach_div(grads, terms)), terms
+
+    def update_statistics(self, grads: list[Tensor]) -> list[str]:
+        """Update the factors where due; return where there is a NaN or an Inf."""
+        estimator = self._estimator
+        self._collected = estimator.collecting and estimator.has_statistics()
+        if not self._collected:
+            estimator.reset()
+            return []
+        norms = torch._foreach_norm(grads)
+        flags = [norm.isfinite().to(norms[0].device) for norm in norms]
+        finite = torch.stack(flags).all() if flags else None
+        with estimator.capture.clock.phase("statistics"):
+            decay = 1.0 if self.burning else None
+            bad = estimator.update_covariances(finite, decay=decay)
+        if not bad:
+            self.last_update = self.num_steps
+        return bad
+
+    def refresh(self) -> None:
+        """Refresh the inverses.
+
+        Raises:
+            torch.linalg.LinAlgError: a damped factor is singular; nothing is changed.
+        """
+        with self._estimator.capture.clock.phase("inverses"):
+            self._estimator.update_inverses()
+        self.inverses_due, self.last_refresh = False, self.num_steps
+
+    def check_statistics(self, caller: str) -> None:
+        """Raise RuntimeError where there are none; see that they are where the model is."""
+        blocks = self._estimator.blocks.values()
+        if not any(block.has_statistics for block in blocks):
+            raise RuntimeError(
+                f"{caller}.step(): there are no statistics yet. Expected a call of the "
+                f"model given to {caller} (model(x), not model.forward(x)), in training "
+                "mode and with gradients enabled, and its backward, between constructing "
+                f"the {'optimizer' if caller == 'KFAC' else 'preconditioner'} and the "
+                "first step(), and of its layers: not under torch.vmap or "
+                f"functional_call. Where torch.compile(model) is called, give {caller} the "
+                "compiled module; a torch.utils.checkpoint hides its layers unless "
+                "use_reentrant=False"
+            )
+        for block in blocks:
+            block.follow_params()
+
+    def ages(self) -> dict[str, Any]:
+        """Return the steps since the factors and the inverses were last renewed."""
+        known = {"statistics_age": self.last_update, "inverse_age": self.last_refresh}
+        return {
+            name: None if at is None else self.num_steps - at for name, at in known.items()
+        }
+
+    def advance(self, good: bool) -> None:
+        """Count a step; statistics of a bad batch stay due."""
+        if self.burning:
+            self.num_burnt += 1
+            return
+        self.num_steps += 1
+        if self._collected and good:
+            self._estimator.collecting = False
+        if self.num_steps % self.options["cov_update_every"] == 0:
+            self._estimator.collecting = True
+        if self.num_steps % self.options["invert_every"] == 0:
+            self.inverses_due = True
+
+    def state_dict(self) -> dict[str, int | bool | None]:
+        """Return the counts, as plain data."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+
+
+def dense_gradients(
+    params: Iterable[Tensor], names: Mapping[Tensor, str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that have a gradient, and the gradients.
+
+    Raises:
+        ValueError: a sparse one.
+    """
+    present, grads = [], []
+    for p in params:
+        if p.grad is None:
+            continue
+        if p.grad.layout != torch.strided:
+            raise ValueError(
+                f"parameter {names.get(p, '?')}: expected a dense gradient, got "
+                f"{p.grad.layout}; construct its layer with sparse=False"
+            )
+        present.append(p)
+        grads.append(p.grad)
+    return present, grads
+
+
+def ready_blocks(
+    blocks: Iterable[FisherBlock], params: Iterable[Tensor]
+) -> list[FisherBlock]:
+    """Return the blocks that have statistics, and a gradient for every parameter."""
+    present = set(params)
+    return [b for b in blocks if b.has_statistics and present.issuperset(b.params)]
+
+
+def mean_curvature(blocks: Iterable[FisherBlock]) -> float:
+    """Return `tr F/dim F` of all blocks that have statistics; reads the host."""
+    ready = [block for block in blocks if block.has_statistics]
+    device = ready[0].params[0].device
+    total = torch.stack([block.trace().to(device) for block in ready]).sum()
+    return total.item() / sum(p.numel() for block in ready for p in block.params)
+
+
+def precondition(
+    blocks: Iterable[FisherBlock], params: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return `F̂⁻¹` times tensors on the parameters with a block, the others as they are."""
+    result = dict(zip(params, tensors, strict=True))
+    for block in blocks:
+        parts = [result[p] for p in block.params]
+        result.update(zip(block.params, block.multiply_tensors(parts, -1), strict=True))
+    return [result[p].to(p.dtype) for p in params]
+
+
+def limit_norm(
+    directions: list[Tensor],
+    grads: Sequence[Tensor],
+    lrs: Sequence[float],
+    constraint: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale `p` by `κ` in place.
+
+    Args:
+        directions: `p` by parameter.
+        grads: `g`, or whatever `p` is `F̂⁻¹` times.
+        lrs: `η` by parameter.
+        constraint: `c`; None for no limit.
+
+    Returns:
+        Whether `pᵀg` is finite, and `κ`, both 0-dim; None where there is no limit.
+
+    >>> p = [torch.tensor([3.0, 4.0])]
+    >>> limit_norm(p, [torch.tensor([3.0, 4.0])], [0.5], 1.0)
+    (tensor(True), tensor(0.4000))
+    >>> p
+    [tensor([1.2000, 1.6000])]
+    """
+    dtype = functools.reduce(torch.promote_types, (d.dtype for d in directions))
+    dtype = torch.promote_types(dtype, torch.float32)
+    by_lr: dict[float, list[Tensor]] = {}
+    for direction, grad, lr in zip(directions, grads, lrs, strict=True):
+        dot = torch.dot(direction.flatten().to(dtype), grad.flatten().to(dtype))
+        by_lr.setdefault(lr, []).append(dot.to(directions[0].device))
+    sums = {lr: torch.stack(dots).sum() for lr, dots in by_lr.items()}
+    finite = functools.reduce(torch.add, sums.values()).isfinite()
+    if constraint is None or not any(sums):
+        return finite, None
+    norm = functools.reduce(torch.add, (lr**2 * total for lr, total in sums.items()))
+    kappa = (constraint / norm.clamp(min=0)).sqrt().clamp(max=1.0)
+    torch._foreach_mul_(directions, kappa)
+    return finite, kappa
