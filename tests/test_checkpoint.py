@@ -320,6 +320,8 @@ FAULTS = [
     ("estimator.FisherEstimator._generator_on", 1),
     ("updates.UpdateRule.restore_rule", 1),
     ("optimizer.KFAC._load_own_state", 1),
+    ("preconditioning.Schedule.load_state_dict", 1),
+    ("health.HealthLedger.load_state_dict", 1),
 ]
 
 

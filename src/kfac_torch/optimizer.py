@@ -563,7 +563,8 @@ class KFAC(NamedState):
             **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
             **self._schedule.state_dict(),
             "adapts": self._updates.rule is not None,
-            "last_step": self.last_step and dict(vars(self.last_step)),
+            # Seconds are those of a machine, not of a run.
+            "last_step": self.last_step and {**vars(self.last_step), "seconds": {}},
         }
 
     def _load_own_state(self, own: dict[str, Any]) -> None:

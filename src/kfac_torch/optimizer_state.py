@@ -237,7 +237,7 @@ def all_or_nothing(*roots: Any) -> Iterator[None]:
 
 
 def _parts(things: Iterable[Any], seen: set[int]) -> Iterator[Any]:
-    """The things, and what blocks and factors among them are made of."""
+    """The things, and what loading changes among what they are made of."""
     for thing in things:
         if id(thing) in seen or not hasattr(thing, "__dict__") or isinstance(thing, type):
             continue
@@ -251,8 +251,8 @@ def _parts(things: Iterable[Any], seen: set[int]) -> Iterator[Any]:
 
 def _is_part(value: Any) -> bool:
     package = __name__.rpartition(".")[0]
-    homes = (f"{package}.fisher_blocks", f"{package}.fisher_factors")
-    return type(value).__module__.startswith(homes)
+    homes = ("fisher_blocks", "fisher_factors", "health", "preconditioning")
+    return type(value).__module__.startswith(tuple(f"{package}.{home}" for home in homes))
 
 
 class NamedState(torch.optim.Optimizer):
