@@ -264,14 +264,43 @@ def test_a_sum_is_judged_like_a_mean():
     torch.testing.assert_close(vector(model), vector(twin))
 
 
-def test_a_singular_factor_raises_the_damping():
+TINY = {"initial": 1e-30, "min_damping": 1e-80, "decay": 1e-3, "interval": 2}
+
+
+def test_a_singular_factor_is_rescued_before_the_damping_is_raised():
     model = nn.Linear(6, 4)
-    rule = {"initial": 1e-30, "min_damping": 1e-30, "decay": 1e-3, "interval": 2}
-    optimizer = make(model, rule)
+    optimizer = make(model, TINY)
     x, y = batch(3)
     optimizer.step(closure_of(model, optimizer, x, y))
-    assert 1e-24 <= optimizer.last_step.damping < 1
+    assert optimizer.last_step.damping == 1e-30
+    assert optimizer.health().factors["model.input"].jittered == 1
     assert vector(model).isfinite().all()
+
+
+def test_where_no_rescue_holds_the_damping_is_raised():
+    model = nn.Linear(6, 4, bias=False).float()
+    optimizer = make(model, {**TINY, "initial": 1e-80})
+    x, y = batch(3)
+    with torch.no_grad():
+        model.weight.fill_(0.25)
+    closure = closure_of(model, optimizer, 0 * x.float(), y)  # A = 0: (0 + λI)⁻¹ overflows
+    optimizer.step(closure)
+    assert 1e-80 < optimizer.last_step.damping < 1e-50
+    assert vector(model).eq(0.25).all()
+
+
+def test_no_damping_mends_a_nan():
+    model = nn.Linear(6, 4)
+    optimizer = make(model, {"initial": 0.1})
+    x, y = batch(30)
+    optimizer.step(closure_of(model, optimizer, x, y))
+    before, damping = vector(model), optimizer.param_groups[0]["damping"]
+    optimizer.estimator.max_kept_inverses = 0
+    optimizer.estimator.blocks["model"].factors[0].get_cov_var()[1, 2] = math.nan
+    with pytest.raises(torch.linalg.LinAlgError, match=r"model\.input has NaN or Inf"):
+        optimizer.step(closure_of(model, optimizer, x, y))
+    assert torch.equal(before, vector(model))
+    assert optimizer.param_groups[0]["damping"] == damping
 
 
 def test_a_nan_after_the_step_is_a_bad_step():

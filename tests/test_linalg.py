@@ -1,12 +1,18 @@
+import math
+
 import pytest
 import torch
 
 from kfac_torch.linalg import (
+    JITTERS,
     DampedCholesky,
+    NotFiniteError,
+    Rescue,
     psd_cholesky,
     psd_eigh,
     psd_inverse,
     psd_power,
+    rescued_power,
     symmetrize,
 )
 
@@ -99,3 +105,95 @@ def test_cholesky_factors_that_need_float64():
     assert torch.equal(factors.lower(), exact.float())
     torch.testing.assert_close(factors.lower_inverse(), torch.linalg.inv(exact).float())
     assert factors.lower().dtype == torch.float32
+
+
+# The ladder.
+
+
+def indefinite(least):
+    V = torch.linalg.qr(torch.randn(4, 4)).Q
+    return V, symmetrize(V @ torch.diag(torch.tensor([least, 1.0, 2.0, 3.0])) @ V.T)
+
+
+@pytest.mark.parametrize(
+    ("least", "multiple"), [(-1e-9, 1e-8), (-1e-7, 1e-6), (-1e-5, 1e-4)]
+)
+def test_jitter_is_the_smallest_that_holds(least, multiple):
+    assert multiple in JITTERS
+    _, C = indefinite(least)
+    jitter = multiple * C.diagonal().mean()
+    cholesky = DampedCholesky(torch.stack([torch.eye(4), C]), 1e-12)
+    rescue = cholesky.rescues[1]
+    assert set(cholesky.rescues) == {1}
+    assert rescue == Rescue("jitter", pytest.approx(jitter.item(), rel=1e-12))
+    expected = torch.linalg.inv(C + (1e-12 + jitter) * torch.eye(4))
+    torch.testing.assert_close(cholesky.inverse()[1], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(cholesky.inverse()[0], torch.eye(4) / (1 + 1e-12))
+
+
+def test_eigenvalues_are_clamped_where_no_jitter_holds():
+    V, C = indefinite(-0.1)
+    cholesky = DampedCholesky(C, 0.01)
+    assert cholesky.rescues == {0: Rescue("clamped")}
+    e = torch.tensor([0.01, 1.01, 2.01, 3.01])
+    torch.testing.assert_close(cholesky.inverse(), V @ torch.diag(1 / e) @ V.T)
+    L = cholesky.lower()
+    assert torch.equal(L, L.tril())
+    assert (L.diagonal() > 0).all()
+    torch.testing.assert_close(L @ L.T, V @ torch.diag(e) @ V.T)
+
+
+def test_one_bad_matrix_does_not_fail_its_batch():
+    C = random_psd(4)
+    C[2, 0, 3] = math.nan  # above the diagonal, where no factorisation looks
+    C[3].fill_(math.inf)
+    cholesky = DampedCholesky(C, 0.1, list("abcd"), partial=True)
+    expected = torch.linalg.inv(C[:2] + 0.1 * torch.eye(5))
+    torch.testing.assert_close(cholesky.inverse()[:2], expected)
+    assert sorted(cholesky.failures) == [2, 3]
+    assert isinstance(cholesky.failures[2], NotFiniteError)
+    with pytest.raises(NotFiniteError, match="matrix c has NaN or Inf"):
+        DampedCholesky(C, 0.1, list("abcd"))
+
+
+def test_an_inverse_beyond_float32_is_no_inverse():
+    C = torch.zeros(2, 2, dtype=torch.float32)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"singular.*damping 1e-39"):
+        DampedCholesky(C, 1e-39)
+
+
+def test_without_a_damping_there_is_no_rescue_but_float64():
+    for least in (-1e-9, -0.1, 0.0):
+        with pytest.raises(torch.linalg.LinAlgError, match=r"singular.*condition"):
+            DampedCholesky(indefinite(least)[1], 0.0)
+
+
+@pytest.mark.parametrize(("damping", "rung"), [(1e-9, "float64"), (1e-30, "clamped")])
+def test_a_power_of_a_singular_matrix(damping, rung):
+    C = torch.ones(2, 2, dtype=torch.float32)
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        psd_power(*psd_eigh(C), -1, damping)
+    power, rescue = rescued_power(C, -1, damping)
+    assert rescue == Rescue(rung)
+    assert power.dtype == torch.float32
+    floor = max(damping, 2 * torch.finfo(torch.float64).eps * 2)
+    trace = torch.tensor(1 / floor, dtype=torch.float32)
+    torch.testing.assert_close(power.trace(), trace, rtol=1e-5, atol=0)
+
+
+def test_an_eigendecomposition_that_fails_is_done_matrix_by_matrix(monkeypatch):
+    C, eigh = random_psd(3).float(), torch.linalg.eigh
+
+    def fail(M):
+        if M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("no")
+        return eigh(M)
+
+    expected = eigh(C)[0]
+    monkeypatch.setattr("torch.linalg.eigh", fail)
+    e, V = psd_eigh(C)
+    torch.testing.assert_close(e, expected)
+    torch.testing.assert_close((V * e.unsqueeze(-2)) @ V.mT, C)
+    C[1, 0, 2] = math.nan
+    with pytest.raises(NotFiniteError, match="fc has NaN"):
+        psd_eigh(C, name="fc")

@@ -698,7 +698,7 @@ def test_state_of_an_older_version_is_refused():
     state = optimizer.state_dict()
     state["kfac"]["version"] = 1
     with pytest.raises(
-        ValueError, match="expected K-FAC state of version 3, got version 1"
+        ValueError, match="expected K-FAC state of version 4, got version 1"
     ):
         optimizer.load_state_dict(state)
 
@@ -743,7 +743,10 @@ def test_the_model_with_options_is_known_by_its_name():
     optimizer = KFAC(
         model, "normal", damping=0.1, momentum_type=QModel(fixed_momentum=True)
     )
-    assert optimizer.state_dict()["kfac"]["momentum_type"] == "qmodel_fixedmu"
+    assert (
+        optimizer.state_dict()["kfac"]["subject"]["options"]["momentum_type"]
+        == "qmodel_fixedmu"
+    )
     for fraction in (0.0, 1.5, -1.0):
         with pytest.raises(
             ValueError, match=r"batch_fraction: expected a number in \(0, 1\]"

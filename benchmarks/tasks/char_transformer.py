@@ -3,7 +3,8 @@
 Two layers of width 64 with four heads, LayerNorm before each part, GELU in the fourfold
 wider MLP, learned positions, no dropout; batches of 32 pieces of 64 characters, drawn with
 replacement from the first nine tenths of the text. The loss is watched on 80 pieces there,
-and on 80 of the last tenth for the test.
+and on 80 of the last tenth for the test. Tuned AdamW is near the target, 1.92, after its
+500 steps.
 """
 
 from __future__ import annotations

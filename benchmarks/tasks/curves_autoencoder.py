@@ -4,7 +4,8 @@ The generator follows the description of CURVES (Hinton & Salakhutdinov 2006, su
 a cubic spline through three points, six numbers in all, drawn into 28x28 pixels. The ink is
 our own, since the original's is not known, so figures are not comparable with papers.
 784-400-200-100-50-25-6 and back, tanh, linear code, Bernoulli loss, Glorot's uniform
-weights, batches of 1 000 of 20 000 images; the loss is watched on the first 2 000.
+weights, batches of 1 000 of 20 000 images; the loss is watched on the first 2 000. The
+first plateau is near 188, the loss of the mean image.
 
 Notation: knots `(x_i, y_i)`, i = 0, 1, 2, of the natural spline; with `h_i = x_{i+1} − x_i`
 and slopes `d_i`, the second derivative at the middle knot is `3 (d_1 − d_0)/(h_0 + h_1)`.
@@ -24,7 +25,7 @@ WIDTHS = (784, 400, 200, 100, 50, 25, 6)
 TRAIN, TEST, EVALUATED = 20_000, 4000, 2000
 SIDE, POINTS, BLUR, GAIN = 28, 60, 0.6, 1.5
 CHUNK = 500  # curves that are drawn at once
-TARGET = 100.0
+TARGET = 167.0  # the lowest that the best tuned rival had in nine tenths of its steps
 SEED = 0  # of the data; the seed of a run is another
 
 

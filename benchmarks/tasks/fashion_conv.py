@@ -3,6 +3,8 @@
 Three 3x3 convolutions (16, 32, 32 channels), each followed by ReLU and 2x2 max pooling
 (28, 14, 7, 3), and a linear layer; batches of 512; the loss is watched on the first 2 500.
 T4bn has a BatchNorm before each ReLU; its losses are watched with the running statistics.
+The target is what AdamW, the best tuned rival, first reaches after 220 steps (190 on T4bn).
+It was set after the trials, in which it had been 0.536.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def make_task(data_dir: Path | None = None, batch_norm: bool = False) -> Task:
         train_cases=(x[:EVALUATED], y[:EVALUATED]),
         test_cases=load_idx("fashion-mnist", "t10k", data_dir),
         test_metric="accuracy",
-        target=0.536,
+        target=0.30,
         rival_steps=250,
         kfac_steps=80,
     )

@@ -6,6 +6,7 @@ from . import (
     fisher_factors as fisher_factors,
     loss_functions as loss_functions,
     patch_moments as patch_moments,
+    telemetry as telemetry,
 )
 from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
@@ -16,6 +17,7 @@ from .damping import (
     RelativeDamping as RelativeDamping,
 )
 from .estimator import FisherEstimator as FisherEstimator
+from .health import FactorHealth as FactorHealth, Health as Health
 from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
@@ -26,7 +28,9 @@ from .size_limit import SizeLimit as SizeLimit
 __all__ = (
     "KFAC",
     "CurvatureMatrixVectorProductComputer",
+    "FactorHealth",
     "FisherEstimator",
+    "Health",
     "KFACPreconditioner",
     "LayerCollection",
     "Layers",
@@ -41,4 +45,5 @@ __all__ = (
     "fisher_factors",
     "loss_functions",
     "patch_moments",
+    "telemetry",
 )

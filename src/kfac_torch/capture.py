@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .fused import ComputeByParts
+from .steps import Clock
 
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
 """What a layer is taken to be given, of the arguments of its call: `a`, a tensor; None
@@ -210,6 +211,8 @@ class Capture:
         self.param_grads: dict[Tensor, Tensor] = {}
         self.probe: GradientProbe | None = None
         self.keep_forwards = False
+        self.keep_losses = False  # whether the loss of every batch is wanted
+        self.clock = Clock()
         self.forwards: list[RootCall] = []
         self._layers = {
             module: (name, layer.read, next(module.parameters(), None))

@@ -69,8 +69,9 @@ def save_checkpoint(
     # A link stays a link.
     target = Path(os.path.realpath(path))
     if target.suffix == _SAFETENSORS:
-        save = _safetensors().save_file
-        _write(target, lambda file: save(_unshared(tensors), file, {_FORMAT: metadata}))
+        # As bytes: what the package writes itself has temporary files of its own.
+        data = _safetensors().save(_unshared(tensors), {_FORMAT: metadata})
+        _write(target, lambda file: file.write_bytes(data))
     else:
         _write(target, lambda file: torch.save(contents, file))
 

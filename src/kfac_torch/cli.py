@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .demo import DATA_NAMES, DemoError, run_demo
+from .view import ViewError, write_view
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,17 +17,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        run_demo(
-            arguments.data,
-            arguments.data_dir,
-            arguments.out,
-            arguments.seed,
-            arguments.scale,
-        )
-    except DemoError as error:
+        arguments.run_command(arguments)
+    except (DemoError, ViewError) as error:
         parser.error(str(error))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    run_demo(
+        arguments.data, arguments.data_dir, arguments.out, arguments.seed, arguments.scale
+    )
+
+
+def _view(arguments: argparse.Namespace) -> None:
+    write_view(arguments.run, arguments.out)
+    print(f"report: {arguments.out.resolve()}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +76,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="torch's; on a machine that others use too, 1 is often the fastest",
     )
+    demo.set_defaults(run_command=_demo)
+    view = commands.add_parser(
+        "view",
+        help="make a page of pictures of a run that was recorded",
+        description="Write a self-contained HTML page of a run that a "
+        "kfac_torch.telemetry.JSONLWriter recorded.",
+        allow_abbrev=False,
+    )
+    view.add_argument("run", type=Path, metavar="RUN.jsonl", help="the records")
+    view.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page",
+    )
+    view.set_defaults(run_command=_view)
     return parser
 
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, LayerCall, random_state, set_random_state
-from .estimator import FisherEstimator, block_layer
+from .estimator import FisherEstimator
 from .exact_blocks import BlockSums, Comparison, ExactBlocks, Sources
 from .fisher_blocks import EigenKroneckerFB, FisherBlock
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
 from .row_facts import RowFacts, expectation, has_rows
+from .sources import block_layer
 
 _SAME_DIRECTION = 1e-3  # of 1 − cosine: what is wrong is the scale alone
 

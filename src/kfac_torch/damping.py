@@ -111,14 +111,18 @@ def normalize_damping(damping: float, num_replications: float) -> float:
 
 
 def compute_pi(left_mean: Tensor, right_mean: Tensor) -> Tensor:
-    """Return `π`, the root of the ratio of two mean eigenvalues; 1 where either is 0.
+    """Return `π`, the root of the ratio of two mean eigenvalues.
+
+    1 where either is 0, or the ratio is not finite: a side that was corrupted does not
+    harm the other.
 
     >>> compute_pi(torch.tensor(4.0), torch.tensor(1.0))
     tensor(2.)
     """
     both = (left_mean > 0) & (right_mean > 0)
     # `where` twice, so that neither branch divides by zero.
-    return torch.where(both, left_mean / torch.where(both, right_mean, 1), 1.0).sqrt()
+    ratio = left_mean / torch.where(both, right_mean, 1)
+    return torch.where(both & (ratio > 0) & ratio.isfinite(), ratio, 1.0).sqrt()
 
 
 def compute_pi_tracenorm(left_cov: Tensor, right_cov: Tensor) -> Tensor:

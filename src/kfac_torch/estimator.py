@@ -24,8 +24,7 @@ since the last update are merged as if they had been one batch. Left out: when t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,21 +32,29 @@ from torch import Tensor
 
 from .batch_loss import BatchLoss, scale_of
 from .block_products import BlockProducts
-from .capture import Capture, Layer, LayerCall
+from .capture import Capture, LayerCall
 from .damping import DampingFunc, check_damping
 from .fisher_blocks import FisherBlock, Moment
+from .fisher_factors import refresh_inverses
 from .fisher_factors.base import check_choice
-from .fisher_factors.inverse_providing import refresh_inverses
 from .forwards import Forward, Forwards, LossPart, without_nan
+from .health import Health, HealthLedger
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
-from .sources import BatchMoments, column_chunks, fill_missing, with_random_signs
+from .sources import (
+    BatchMoments,
+    block_layer,
+    column_chunks,
+    fill_missing,
+    with_random_signs,
+)
+from .update_thunks import UpdateThunks
 
 ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 
 
-class FisherEstimator(BlockProducts):
+class FisherEstimator(BlockProducts, UpdateThunks):
     """Keep the factors of a model's blocks up to date; multiply by them.
 
     Forwards of the collection's model in training mode are watched from construction on.
@@ -68,6 +75,9 @@ class FisherEstimator(BlockProducts):
             interact (batch statistics), it is right in expectation only: every example
             has a random sign.
         seed: of the generator that draws targets; the global one is not touched.
+
+    Attributes:
+        max_kept_inverses: for how many refreshes a factor that fails keeps its last one.
 
     Raises:
         ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], a negative `damping`,
@@ -122,6 +132,8 @@ class FisherEstimator(BlockProducts):
         self.cov_ema_decay = cov_ema_decay
         self.collecting = True
         self.loss_checked = False
+        self.ledger = HealthLedger()
+        self.max_kept_inverses = 3
         self._mode = estimation_mode
         self.seed = seed
         self._generator: torch.Generator | None = None
@@ -174,6 +186,8 @@ class FisherEstimator(BlockProducts):
 
     def forget_gradients(self) -> None:
         """Forget what came with the gradients so far, which are cleared too."""
+        if self._forwards.arrived:
+            self.ledger.forget_step()
         self._pending.clear()
         self._finite = None
         self._forwards.arrived.clear()
@@ -221,7 +235,8 @@ class FisherEstimator(BlockProducts):
         for call in calls:
             call.check_unchanged()
         root = self._capture.last_forward
-        if recorded or root is not None or not self.loss_checked or self.sums_gradients:
+        wanted = self._capture.keep_losses or self.sums_gradients or not self.loss_checked
+        if recorded or root is not None or wanted:
             self._forwards.add(output, calls if recorded else None, root)
 
     def _gather(
@@ -418,7 +433,7 @@ class FisherEstimator(BlockProducts):
         for forward in arrived:
             terms = N if self._averages_all else forward.num_terms
             scale = (1 if self._summed else terms) / self._gradient_factor
-            scale *= _gradient_share(forward)
+            scale *= forward.gradient_share
             batch = BatchMoments(
                 forward.calls, self.blocks, forward.num_terms, forward.has_idle_terms
             )
@@ -428,7 +443,7 @@ class FisherEstimator(BlockProducts):
         # mean over its own loss terms.
         terms = N if self._averages_all else N / len(arrived)
         scale = (1 if self._summed else terms) / self._gradient_factor
-        scale *= _gradient_share(arrived[0])
+        scale *= arrived[0].gradient_share
         for block in self.blocks.values():
             found = [self._capture.param_grads.get(param) for param in block.params]
             if block.needs_param_grads and any(grad is not None for grad in found):
@@ -450,43 +465,23 @@ class FisherEstimator(BlockProducts):
         """Refresh every stored inverse from the current factors.
 
         Raises:
-            torch.linalg.LinAlgError: a damped factor is singular; nothing is changed.
+            torch.linalg.LinAlgError: a damped factor is singular on every rung of the
+                ladder, and has no inverse to keep (any more); nothing is changed.
         """
-        ready = [block for block in self.blocks.values() if block.has_statistics]
-        refresh_inverses(factor for block in ready for factor in block.factors)
+        self._refresh(self.blocks.values())
+
+    def _refresh(self, blocks: Iterable[FisherBlock], index: int | None = None) -> None:
+        ready = [block for block in blocks if block.has_statistics]
+        which = slice(None) if index is None else slice(index, index + 1)
+        factors = [factor for block in ready for factor in block.factors[which]]
+        kept = refresh_inverses(factors, self.max_kept_inverses)
+        self.ledger.refreshed(factors, kept)
 
     @property
-    def cov_update_thunks(self) -> list[Callable[[], None]]:
-        """One callable per factor, which lets what was gathered enter that factor alone.
-
-        A batch with a NaN or an Inf is left out, with a RuntimeWarning. In the order of
-        `LayerCollection.get_factors()`; `update_covariances` is all of them, or none.
-        """
-        return [
-            partial(self._update_covariance, block, index)
-            for block in self.blocks.values()
-            for index in range(len(block.factors))
-        ]
-
-    @property
-    def inv_update_thunks(self) -> list[Callable[[], None]]:
-        """One callable per factor, which refreshes its stored powers alone.
-
-        It does nothing while the factor's block has no statistics.
-        """
-        return [
-            partial(_update_inverse, block, index)
-            for block in self.blocks.values()
-            for index in range(len(block.factors))
-        ]
-
-    def make_vars_and_create_op_thunks(
-        self,
-    ) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
-        """Return `(cov_update_thunks, inv_update_thunks)`."""
-        return self.cov_update_thunks, self.inv_update_thunks
-
-    create_ops_and_vars_thunks = make_vars_and_create_op_thunks
+    def health(self) -> Health:
+        """What went wrong so far and was mended, in numbers."""
+        factors = {f.name: f.health for b in self.blocks.values() for f in b.factors}
+        return self.ledger.health(factors)
 
     def _update_covariance(self, block: FisherBlock, index: int) -> None:
         self._forwards.take_rest()
@@ -507,12 +502,7 @@ class FisherEstimator(BlockProducts):
             block.accumulate_factor(index, moment, self.cov_ema_decay)
             return
         factor.reject()
-        warnings.warn(
-            f"{factor.name}: the batch has NaN or Inf values, there or at the network "
-            "output; it was left out and the last good covariance is kept",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        self.ledger.reject(factor.name, stacklevel=3)
 
     # State.
 
@@ -527,6 +517,7 @@ class FisherEstimator(BlockProducts):
             "summed": self._summed,
             "gradient_factor": self._gradient_factor,
             "averages_all": self._averages_all,
+            "health": self.ledger.state_dict(),
             "averages_each": self._averages_each,
         }
 
@@ -568,6 +559,7 @@ class FisherEstimator(BlockProducts):
         self._summed = state["summed"]
         self._gradient_factor = state["gradient_factor"]
         self._averages_all = state["averages_all"]
+        self.ledger.load_state_dict(state["health"])
         self._averages_each = state["averages_each"]
         self._generator = None
         if state["generator"] is None:
@@ -582,19 +574,3 @@ class FisherEstimator(BlockProducts):
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
         self.reset()
-
-
-def block_layer(block: FisherBlock) -> Layer:
-    """Return what the capture has to record for a block."""
-    return Layer(block.modules, block.call_input, block.part)
-
-
-def _update_inverse(block: FisherBlock, index: int) -> None:
-    if block.has_statistics:
-        refresh_inverses([block.factors[index]])
-
-
-def _gradient_share(forward: Forward) -> float:
-    """What a weighted loss's gradient is to be multiplied by: `√coeff/coeff`."""
-    # Of several losses the gradients have come together, weights and all.
-    return forward.parts[0].coeff ** -0.5 if len(forward.parts) == 1 else 1.0

@@ -95,6 +95,12 @@ class Forward:
         return self.parts[0].terms
 
     @property
+    def gradient_share(self) -> float:
+        """What a weighted loss's gradient is to be multiplied by: `√coeff/coeff`."""
+        # Of several losses the gradients have come together, weights and all.
+        return self.parts[0].coeff ** -0.5 if len(self.parts) == 1 else 1.0
+
+    @property
     def has_idle_terms(self) -> bool:
         """Whether some loss terms may not count."""
         return any(part.weights is not None for part in self.parts)
@@ -204,7 +210,8 @@ class Forwards:
         if not outputs or not forward.num_terms > 0:
             return
         autocast = torch.autocast(outputs[0].device.type, enabled=False)
-        with torch.no_grad(), autocast, self._capture.own_gradients():
+        clock = self._capture.clock.phase("statistics")
+        with clock, torch.no_grad(), autocast, self._capture.own_gradients():
             self._gather(forward, calls, outputs)
 
     def take_rest(self) -> None:

@@ -4,18 +4,30 @@ Notation: `C [..., n, n]` a symmetric PSD matrix (a running second moment), `λ 
 damping. Everything is batched over the leading dimensions, and nothing runs below
 float32.
 
-Factorise rarely, apply often: these functions are the rare half. `DampedCholesky` climbs
-a ladder of two rungs (Cholesky in the dtype given, Cholesky in float64 for the members
-of the batch that failed) and then says which matrix is singular; there is never a
-pseudo-inverse in silence. Left out: what to do about a failure, which is the caller's.
+Factorise rarely, apply often: these functions are the rare half. Those members of a batch
+whose factorisation fails climb a ladder, one by one, the most faithful rung first:
+
+    "float64"  the same in float64
+    "jitter"   C + λI + jI in float64, j = 1e-8, then 1e-6, 1e-4 times the mean diagonal
+    "clamped"  by an eigendecomposition, eigenvalues raised to the rounding error, plus λ
+
+and every rung that held is on record (`Rescue`). Above the first one it takes `λ > 0`:
+with a damping of 0 nobody has asked for the inverse of another matrix, and a singular one
+is an error that names it. There is never a pseudo-inverse in silence. Left out: what to do
+about a failure (`fisher_factors/inverse_providing.py` keeps the last good inverse).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+JITTERS = (1e-8, 1e-6, 1e-4)
+"""Multiples of the mean diagonal, tried one after the other."""
 
 
 def symmetrize(C: Tensor) -> Tensor:
@@ -36,6 +48,23 @@ def add_damping(C: Tensor, damping: Tensor | float) -> Tensor:
     return damped
 
 
+class NotFiniteError(torch.linalg.LinAlgError):
+    """A matrix has NaN or Inf entries: no damping makes that good."""
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """How a factorisation came about that the plain one did not give.
+
+    Args:
+        rung: of the ladder: `"float64"`, `"jitter"` or `"clamped"`.
+        jitter: what was added to the diagonal beside the damping, in units of `C`.
+    """
+
+    rung: str
+    jitter: float = 0.0
+
+
 class DampedCholesky:
     """The Cholesky factorisation of `C + λI`, from which several functions are made.
 
@@ -43,14 +72,23 @@ class DampedCholesky:
         C: `[..., n, n]`, symmetric PSD.
         damping: `λ >= 0`, a number or a tensor of shape `[...]`, in units of `C`.
         names: one name for each member of the (flattened) batch, for the error.
+        partial: let the members that no rung rescues be listed in `failures`, with
+            meaningless results, rather than raise.
+
+    Attributes:
+        rescues: by index in the flattened batch, the members that climbed the ladder.
+        failures: by index, the error of each member that cannot be factorised.
 
     Raises:
-        torch.linalg.LinAlgError: a member is singular to working precision also in
-            float64; the message names it.
+        torch.linalg.LinAlgError: a member has no rung that holds; the message names it. A
+            `NotFiniteError` where it has a NaN or an Inf.
 
     >>> DampedCholesky(torch.tensor([[4.0, 2.0], [2.0, 2.0]])).lower()
     tensor([[2., 0.],
             [1., 1.]])
+    >>> C = torch.ones(2, 2)  # singular, and λ is below the rounding error of float64
+    >>> DampedCholesky(C, 1e-20).rescues[0].rung
+    'jitter'
     """
 
     def __init__(
@@ -58,19 +96,31 @@ class DampedCholesky:
         C: Tensor,
         damping: Tensor | float = 0.0,
         names: Sequence[str] | None = None,
+        *,
+        partial: bool = False,
     ) -> None:
         self._shape = C.shape
-        damped = add_damping(C, damping).reshape(-1, *C.shape[-2:])
-        L, regular = _cholesky(damped)
+        members = C.reshape(-1, *C.shape[-2:])
+        dampings = torch.as_tensor(damping, dtype=C.dtype, device=C.device)
+        dampings = dampings.expand(C.shape[:-2]).reshape(-1)
+        L, regular = _cholesky(add_damping(members, dampings))
         self._L = L
-        self._rescued: dict[int, Tensor] = {}  # members that needed float64
+        self._rescued: dict[int, Tensor] = {}  # `L` in float64
+        self.rescues: dict[int, Rescue] = {}
+        self.failures: dict[int, torch.linalg.LinAlgError] = {}
+        # A factorisation reads the lower triangle alone, and sees no NaN in the upper one.
+        regular = regular & _all_finite(members)
         # The one host read of a refresh.
         for i in (~regular).nonzero().flatten().tolist():
-            L64, regular64 = _cholesky(damped[i].double())
-            if not regular64:
-                raise torch.linalg.LinAlgError(_describe_singular(damped[i], i, names))
-            self._rescued[i] = L64
-            L[i] = torch.eye(len(L64))  # so that batched calls do not stumble over it
+            found = _climb(members[i], dampings[i].item())
+            if found is None:
+                name = names[i] if names else f"number {i}"
+                self.failures[i] = _singular(members[i], dampings[i].item(), name)
+                if not partial:
+                    raise self.failures[i]
+            else:
+                self._rescued[i], self.rescues[i] = found
+            L[i] = torch.eye(L.shape[-1])  # so that batched calls do not stumble over it
 
     def inverse(self) -> Tensor:
         """Return `(C + λI)⁻¹`, `[..., n, n]`."""
@@ -91,6 +141,37 @@ class DampedCholesky:
         return result.view(self._shape)
 
 
+def _climb(C: Tensor, damping: float) -> tuple[Tensor, Rescue] | None:
+    """Return `L [n, n]` of `C + λI` in float64, and the rung that gave it, if one did."""
+    if not (C.isfinite().all() and math.isfinite(damping)):
+        return None
+    C64 = symmetrize(C.double())
+    mean = C64.diagonal().mean().abs().item()
+    # Without a damping nobody has asked for the inverse of another matrix than `C`.
+    for multiple in (0.0, *JITTERS) if damping > 0 else (0.0,):
+        jitter = multiple * mean
+        L, regular = _cholesky(add_damping(C64, damping + jitter))
+        if regular and _fits(L, C.dtype):
+            return L, Rescue("jitter", jitter) if jitter else Rescue("float64")
+    if damping > 0:
+        try:
+            e, V = torch.linalg.eigh(C64)
+        except torch.linalg.LinAlgError:
+            return None
+        damped = e.clamp(min=_rounding(e).clamp(min=0).item()) + damping
+        # L Lᵀ = (V √D)(V √D)ᵀ, by QR, which does not square the condition.
+        R = torch.linalg.qr((V * damped.sqrt()).mT).R
+        L = R.mT * R.diagonal().sign()
+        if _fits(L, C.dtype):
+            return L, Rescue("clamped")
+    return None
+
+
+def _fits(L: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the inverse of `L Lᵀ` is finite in a dtype too; reads the host."""
+    return bool(torch.cholesky_inverse(L).to(dtype).isfinite().all())
+
+
 def _triangular_inverse(L: Tensor) -> Tensor:
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     return torch.linalg.solve_triangular(L, eye, upper=False)
@@ -102,8 +183,7 @@ def psd_inverse(
     """Return `(C + λI)⁻¹`, `[..., n, n]`, by Cholesky; arguments as `DampedCholesky`.
 
     Raises:
-        torch.linalg.LinAlgError: a member is singular to working precision also in
-            float64; the message names it.
+        torch.linalg.LinAlgError: as `DampedCholesky`.
 
     >>> psd_inverse(torch.tensor([[5.0, 2.0], [2.0, 4.0]]))
     tensor([[ 0.2500, -0.1250],
@@ -129,38 +209,103 @@ def psd_cholesky(
 
 def _cholesky(C: Tensor) -> tuple[Tensor, Tensor]:
     """`L` and whether each member is positive definite beyond rounding error."""
-    L, info = torch.linalg.cholesky_ex(C)
+    try:
+        L, info = torch.linalg.cholesky_ex(C)
+    except torch.linalg.LinAlgError:  # of the whole batch: each member has its own try
+        return torch.zeros_like(C), C.new_zeros(C.shape[:-2], dtype=torch.bool)
     pivots = L.diagonal(dim1=-2, dim2=-1).square()
-    scale = C.diagonal(dim1=-2, dim2=-1).amax(-1)
     # A rank-deficient matrix may slip through with a last pivot of pure rounding error.
-    rounding = C.shape[-1] * torch.finfo(C.dtype).eps * scale
-    return L, (info == 0) & (pivots.amin(-1) > rounding)
+    rounding = _rounding(C.diagonal(dim1=-2, dim2=-1))
+    # And the inverse of a subnormal pivot is none.
+    rounding = rounding.clamp(min=torch.finfo(C.dtype).tiny)
+    return L, (info == 0) & (pivots.amin(-1) > rounding) & pivots.isfinite().all(-1)
 
 
-def _describe_singular(C: Tensor, index: int, names: Sequence[str] | None) -> str:
-    name = names[index] if names else f"number {index}"
+def _rounding(values: Tensor) -> Tensor:
+    """The rounding error of eigenvalues or a diagonal `[..., n]`: `n ε max`."""
+    return values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1)
+
+
+def _singular(C: Tensor, damping: float, name: str) -> torch.linalg.LinAlgError:
+    """The error of a matrix `[n, n]` that cannot be factorised; reads the host."""
     if not C.isfinite().all():
-        return f"matrix {name} has NaN or Inf entries and cannot be inverted"
-    smallest = torch.linalg.eigvalsh(C.double())[0].item()
-    return (
-        f"matrix {name} ({C.shape[-1]}x{C.shape[-1]}) is singular: expected a positive "
-        f"definite C + damping·I, its smallest eigenvalue is {smallest:.3g}. Use a "
-        "larger damping, or update the statistics with more data first."
+        return NotFiniteError(
+            f"matrix {name} has NaN or Inf entries and cannot be inverted: it was changed "
+            "from outside, since no batch with a NaN or an Inf enters. Load the state of "
+            "before"
+        )
+    size = f"matrix {name} ({C.shape[-1]}x{C.shape[-1]})"
+    try:
+        e = torch.linalg.eigvalsh(C.double())
+        least, most = e[0].item() + damping, e[-1].item() + damping
+        condition = most / least if least > 0 else math.inf
+        found = (
+            f"its smallest eigenvalue is {least:.3g}, its largest {most:.3g} (condition "
+            f"{condition:.3g})"
+        )
+    except torch.linalg.LinAlgError:
+        found = "it has no eigendecomposition either"
+    return torch.linalg.LinAlgError(
+        f"{size} is singular: expected a positive definite C + damping·I with damping "
+        f"{damping:.3g}, {found}. Use a larger damping, or update the statistics with more "
+        "data first"
     )
 
 
-def psd_eigh(C: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Tensor]:
     """Return ascending eigenvalues, clipped from below at `floor`, and eigenvectors.
+
+    Where the decomposition of a batch fails, each member is decomposed alone in float64.
 
     Args:
         C: `[..., n, n]`, symmetric PSD up to rounding.
         floor: eigenvalues below are rounding error of a PSD matrix and are raised to it.
+        name: for the error.
 
     Returns:
-        `e [..., n]` and `V [..., n, n]`, with the eigenvectors as columns.
+        `e [..., n]` and `V [..., n, n]`, with the eigenvectors as columns; both are NaN
+        where `C` has a NaN or an Inf, even if that is in the triangle that is not read.
+
+    Raises:
+        torch.linalg.LinAlgError: it fails in float64 too (`NotFiniteError`: of a matrix
+            with a NaN or an Inf).
     """
-    e, V = torch.linalg.eigh(C)
-    return e.clamp(min=floor), V
+    try:
+        e, V = torch.linalg.eigh(C)
+    except torch.linalg.LinAlgError:
+        e, V = torch.empty_like(C[..., 0]), torch.empty_like(C)
+        flat = zip(
+            C.reshape(-1, *C.shape[-2:]),
+            e.view(-1, C.shape[-1]),
+            V.view(-1, *C.shape[-2:]),
+            strict=True,
+        )
+        for member, e_i, V_i in flat:
+            _eigh_alone(member, name, e_i, V_i)
+    # Only the lower triangle was read.
+    fine = _all_finite(C)[..., None, None]
+    e = torch.where(fine.squeeze(-1), e.clamp(min=floor), torch.nan)
+    return e, torch.where(fine, V, torch.nan)
+
+
+def _all_finite(C: Tensor) -> Tensor:
+    """Whether each matrix `[..., n, n]` is free of NaN and Inf, `[...]`."""
+    return C.isfinite().flatten(-2).all(-1)
+
+
+def _eigh_alone(C: Tensor, name: str, e: Tensor, V: Tensor) -> None:
+    """Write the decomposition of one matrix, in float64, to `e` and `V`."""
+    if not C.isfinite().all():
+        raise _singular(C, 0.0, name)
+    try:
+        found = torch.linalg.eigh(C.double())
+    except torch.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(
+            f"matrix {name} ({C.shape[-1]}x{C.shape[-1]}) has no eigendecomposition, in "
+            f"float64 either: {error}"
+        ) from error
+    e.copy_(found[0])
+    V.copy_(found[1])
 
 
 def psd_power(
@@ -176,14 +321,49 @@ def psd_power(
     tensor([[46.2500, 22.0000],
             [22.0000, 24.2500]])
     """
+    damped = e + torch.as_tensor(damping, dtype=e.dtype, device=e.device).unsqueeze(-1)
+    if exp < 0 and not (damped > _rounding(e).unsqueeze(-1)).all():
+        raise torch.linalg.LinAlgError(
+            f"matrix {name} is singular: cannot raise C + damping·I to {exp} when its "
+            f"smallest eigenvalue is {damped.min().item():.3g}. Use a larger damping, or "
+            "update the statistics with more data first."
+        )
+    return (V * damped.pow(exp).unsqueeze(-2)) @ V.mT
+
+
+def rescued_power(
+    C: Tensor,
+    exp: float,
+    damping: Tensor | float,
+    name: str = "C",
+    floor: float = 0.0,
+) -> tuple[Tensor, Rescue]:
+    """Return `(C + λI)^exp` where `psd_power` fails, and the rung of the ladder that holds.
+
+    In float64; and if that is singular too, with `e + λ` raised to the rounding error.
+    `floor` as in `psd_eigh`.
+
+    Raises:
+        torch.linalg.LinAlgError: as `psd_power`, where a `λ` is 0; `NotFiniteError`.
+
+    >>> rescued_power(torch.ones(2, 2), -1, 1e-30)[1].rung
+    'clamped'
+    """
+    e, V = psd_eigh(C.double(), floor, name)
+    if not e.isfinite().all():
+        raise _singular(C, 0.0, name)
     damping = torch.as_tensor(damping, dtype=e.dtype, device=e.device)
     damped = e + damping.unsqueeze(-1)
-    if exp < 0:
-        rounding = e.shape[-1] * torch.finfo(e.dtype).eps * e.amax(-1, keepdim=True)
-        if not (damped > rounding).all():
-            raise torch.linalg.LinAlgError(
-                f"matrix {name} is singular: cannot raise C + damping·I to {exp} when "
-                f"its smallest eigenvalue is {damped.min().item():.3g}. Use a larger "
-                "damping, or update the statistics with more data first."
-            )
-    return (V * damped.pow(exp).unsqueeze(-2)) @ V.mT
+    rung = "float64"
+    rounding = _rounding(e).unsqueeze(-1)
+    if not (damped > rounding).all():
+        if not (damping > 0).all():
+            psd_power(e, V, exp, damping, name)  # raises
+        rung, damped = "clamped", damped.maximum(rounding)
+    power = ((V * damped.pow(exp).unsqueeze(-2)) @ V.mT).to(C.dtype)
+    if not power.isfinite().all():
+        raise torch.linalg.LinAlgError(
+            f"matrix {name}: (C + damping·I)^{exp} is beyond the numbers of {C.dtype}. Use "
+            "a larger damping"
+        )
+    return power, Rescue(rung)

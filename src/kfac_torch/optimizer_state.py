@@ -60,7 +60,8 @@ def by_name(state: State, groups: Groups, names: Mapping[Tensor, str]) -> State:
         {**group, "params": [name[number] for number in group["params"]]}
         for group in state["param_groups"]
     ]
-    memory = {name[number]: memory for number, memory in state["state"].items()}
+    # Copies: a state stays what it was while the run goes on.
+    memory = {name[number]: dict(memory) for number, memory in state["state"].items()}
     return {**state, "state": memory, "param_groups": packed}
 
 
@@ -99,7 +100,7 @@ def describe(value: Any) -> Any:
         return value
     if is_dataclass(value) and not isinstance(value, type):
         pairs = [(f.name, describe(getattr(value, f.name))) for f in fields(value)]
-        return f"{type(value).__name__}({', '.join(f'{n}={v!r}' for n, v in pairs)})"
+        return f"{type(value).__name__}({', '.join(f'{n}={v}' for n, v in pairs)})"
     return "a callable" if callable(value) else repr(value)
 
 

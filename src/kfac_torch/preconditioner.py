@@ -13,7 +13,6 @@ quadratic model, a trust region (`optimizer.py`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from .construction import complete, loss_taken_back
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
+from .health import Health
 from .layer_choice import Layers
 from .layer_collection import LayerCollection
 from .loss_collection import Output
@@ -40,6 +40,11 @@ from .preconditioning import (
 )
 
 _STATE_VERSION = 1
+_LEFT_OUT = (
+    "KFACPreconditioner.step(): NaN, Inf or overflow in {}; gradients and factors keep "
+    "their values and step() returns False: leave the optimizer's step out (counted in "
+    "skipped_steps and health())"
+)
 
 
 class KFACPreconditioner:
@@ -47,7 +52,7 @@ class KFACPreconditioner:
 
     Statistics are taken as by `KFAC`, of the forwards of the model in training mode. A
     batch with a NaN or an Inf in its statistics or its gradient changes no factor and no
-    gradient: `step` returns False, with a RuntimeWarning, counted in `skipped_steps`. The
+    gradient: `step` returns False, the first time with a RuntimeWarning, and counts it. The
     optimizer's own step is then to be left out, for its momentum would move parameters.
 
     Args:
@@ -74,7 +79,6 @@ class KFACPreconditioner:
             may be changed, and is read at each refresh.
         damping_unit: the mean curvature at the start, where damping is relative.
         norm_constraint: may be changed.
-        skipped_steps: how many batches were left out.
         estimator: the `FisherEstimator`.
 
     Raises:
@@ -126,7 +130,6 @@ class KFACPreconditioner:
         self.damping = damping_at(given, 0)
         self.damping_unit: float | None = None
         self.norm_constraint = norm_constraint
-        self.skipped_steps = 0
         self._given_damping = given
         self._damping: Damping = given
         self._names: dict[Tensor, str] = {
@@ -157,6 +160,15 @@ class KFACPreconditioner:
         """Return what is done with every parameter; see `LayerCollection.report`."""
         return self.estimator.layers.report()
 
+    def health(self) -> Health:
+        """Return what went wrong so far and was mended, in numbers; see `Health`."""
+        return self.estimator.health
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many batches were left out because of a NaN or an Inf."""
+        return self.health().skipped_steps
+
     def forget(self) -> None:
         """Forget what was gathered since the last step, of a batch that is given up."""
         self.estimator.forget_gradients()
@@ -175,8 +187,8 @@ class KFACPreconditioner:
         Raises:
             RuntimeError: no forward in training mode, and backward, came before.
             ValueError: a sparse gradient, or a norm constraint and no `lr`.
-            torch.linalg.LinAlgError: a damped factor is singular; gradients and inverses
-                are unchanged.
+            torch.linalg.LinAlgError: a damped factor is singular on every rung of the
+                ladder, and has no inverse to keep; gradients and inverses are unchanged.
         """
         if self.norm_constraint is not None and lr is None:
             raise ValueError(
@@ -197,7 +209,7 @@ class KFACPreconditioner:
         if not bad:
             bad = self._precondition(params, grads, means, lr)
         if bad:
-            self._skip(", ".join(bad))
+            self.estimator.ledger.skip_step(bad, stacklevel=4, words=_LEFT_OUT)
         self._schedule.advance(not bad)
         return not bad
 
@@ -215,8 +227,7 @@ class KFACPreconditioner:
         if callable(self._damping):
             self.damping = damping_at(self._damping, self._schedule.num_steps)
         if self._schedule.refresh_due:
-            self.estimator.update_inverses()
-            self._schedule.inverses_due = False
+            self._schedule.refresh()
         blocks = ready_blocks(self.estimator.blocks.values(), params)
         owned = {p for block in blocks for p in block.params}
         mine = [i for i, p in enumerate(params) if p in owned]
@@ -238,28 +249,16 @@ class KFACPreconditioner:
             self._damping = self._given_damping.absolute(unit)
             self.damping = damping_at(self._damping, self._schedule.num_steps)
 
-    def _skip(self, why: str) -> None:
-        self.skipped_steps += 1
-        warnings.warn(
-            f"KFACPreconditioner.step(): NaN, Inf or overflow in {why}; gradients and "
-            "factors keep their values and step() returns False: leave the optimizer's "
-            "step out (counted in skipped_steps)",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
     # State.
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the run bit for bit, taken between two steps."""
         return {
             "version": _STATE_VERSION,
-            "num_steps": self._schedule.num_steps,
-            "skipped_steps": self.skipped_steps,
+            **self._schedule.state_dict(),
+            "collecting": self.estimator.collecting,
             "damping": self.damping,
             "damping_unit": self.damping_unit,
-            "collecting": self.estimator.collecting,
-            "inverses_due": self._schedule.inverses_due,
             "estimator": self.estimator.state_dict(),
         }
 
@@ -276,10 +275,8 @@ class KFACPreconditioner:
                 f"of version {_STATE_VERSION}, got version {version}"
             )
         self.estimator.load_state_dict(state_dict["estimator"])
-        self._schedule.num_steps = state_dict["num_steps"]
-        self._schedule.inverses_due = state_dict["inverses_due"]
+        self._schedule.load_state_dict(state_dict)
         if isinstance(self._given_damping, RelativeDamping):
             self._set_unit(state_dict["damping_unit"])
         self.damping = state_dict["damping"]
-        self.skipped_steps = state_dict["skipped_steps"]
         self.estimator.collecting = state_dict["collecting"]

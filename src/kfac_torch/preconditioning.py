@@ -22,7 +22,7 @@ from torch import Tensor
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 
-_COUNTS = ("num_steps", "num_burnt", "inverses_due")
+_COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
 
 
@@ -40,6 +40,8 @@ class Schedule:
         num_steps: taken, burn-in not counted.
         num_burnt: steps of burn-in taken.
         inverses_due: whether the inverses are to be refreshed.
+        last_update: the step at which statistics last entered the factors, if known.
+        last_refresh: the step at which the inverses were refreshed, if known.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Schedule:
         self.num_steps = 0
         self.num_burnt = 0
         self.inverses_due = True
+        self.last_update: int | None = None
+        self.last_refresh: int | None = None
 
     @property
     def burning(self) -> bool:
@@ -89,7 +93,22 @@ class Schedule:
         norms = torch._foreach_norm(grads)
         flags = [norm.isfinite().to(norms[0].device) for norm in norms]
         finite = torch.stack(flags).all() if flags else None
-        return estimator.update_covariances(finite, decay=1.0 if self.burning else None)
+        with estimator.capture.clock.phase("statistics"):
+            decay = 1.0 if self.burning else None
+            bad = estimator.update_covariances(finite, decay=decay)
+        if not bad:
+            self.last_update = self.num_steps
+        return bad
+
+    def refresh(self) -> None:
+        """Refresh the inverses.
+
+        Raises:
+            torch.linalg.LinAlgError: a damped factor is singular; nothing is changed.
+        """
+        with self._estimator.capture.clock.phase("inverses"):
+            self._estimator.update_inverses()
+        self.inverses_due, self.last_refresh = False, self.num_steps
 
     def check_statistics(self, caller: str) -> None:
         """Raise RuntimeError where there are none; see that they are where the model is."""
@@ -108,6 +127,13 @@ class Schedule:
         for block in blocks:
             block.follow_params()
 
+    def ages(self) -> dict[str, Any]:
+        """Return the steps since the factors and the inverses were last renewed."""
+        known = {"statistics_age": self.last_update, "inverse_age": self.last_refresh}
+        return {
+            name: None if at is None else self.num_steps - at for name, at in known.items()
+        }
+
     def advance(self, good: bool) -> None:
         """Count a step; statistics of a bad batch stay due."""
         if self.burning:
@@ -121,7 +147,7 @@ class Schedule:
         if self.num_steps % self.options["invert_every"] == 0:
             self.inverses_due = True
 
-    def state_dict(self) -> dict[str, int | bool]:
+    def state_dict(self) -> dict[str, int | bool | None]:
         """Return the counts, as plain data."""
         return {name: getattr(self, name) for name in _COUNTS}
 

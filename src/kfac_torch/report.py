@@ -215,7 +215,7 @@ def _plain_ticks(*panels: Any) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _image(figure: Figure, description: str) -> str:
+def image(figure: Figure, description: str) -> str:
     """Return an `<img>` with the figure as SVG in a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -226,7 +226,7 @@ def _image(figure: Figure, description: str) -> str:
 
 # The page.
 
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
@@ -258,7 +258,7 @@ def write_report(
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>K-FAC beside SGD and AdamW</title><style>{_STYLE}</style></head><body>
+<title>K-FAC beside SGD and AdamW</title><style>{STYLE}</style></head><body>
 <h1>K-FAC beside SGD and AdamW</h1>
 <p class="note">{html.escape(machine())}</p>
 {_html_table(results)}
@@ -300,8 +300,8 @@ def _task_section(task: TaskResult) -> str:
         f"<tr><td>{html.escape(run.optimizer)}</td><td>{html.escape(_settings(run))}</td></tr>"
         for run in task.runs
     )
-    curves = _image(curves_figure(task), f"{task.title}: training loss")
-    spectra = _image(spectra_figure(task), f"{task.title}: spectra of K-FAC's factors")
+    curves = image(curves_figure(task), f"{task.title}: training loss")
+    spectra = image(spectra_figure(task), f"{task.title}: spectra of K-FAC's factors")
     return f"""<h2>{html.escape(task.title.capitalize())}</h2>
 <p>{html.escape(task.details)}</p>
 <figure>{curves}<figcaption>Training loss over steps and over seconds of training, the

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .capture import LayerCall, source_grads
+from .capture import Layer, LayerCall, source_grads
 from .fisher_blocks import FisherBlock, Moment
 from .loss_functions import LossFunction
 
@@ -199,6 +199,11 @@ class BatchMoments:
             block, _ = self._layers[call.layer]
             self._prepared = i, block.prepare_input(call.input, call.output_shape)
         return self._prepared[1]
+
+
+def block_layer(block: FisherBlock) -> Layer:
+    """Return what the capture has to record for a block."""
+    return Layer(block.modules, block.call_input, block.part)
 
 
 def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:

@@ -5,10 +5,17 @@ Left out: how a step is made (`updates.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+PHASES = ("statistics", "inverses", "closure", "step")
+"""What K-FAC's own time goes to; the user's forward and backward are in none."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +24,23 @@ class StepRecord:
 
     Args:
         step: its number, from 0, burn-in steps not counted.
-        lr: `η`, or `−α η` of the quadratic model.
+        lr: `η` of the first param group, or `−α η` of the quadratic model.
         momentum: `μ`, or the one found by the quadratic model.
         damping: λ that was used.
-        loss: what the closure returned, per loss term.
-        new_loss: the same after the step.
+        loss: per loss term, before the step: what the closure returned, or what the
+            gradient tells, where the quadratic model, an adaptation or a writer wants it.
+        new_loss: the same after the step, where λ adapts.
         predicted_change: of the loss, by the quadratic model.
         rho: the change of the loss over the predicted one.
+        norm_scale: `κ` of the norm constraint.
+        region_scale: what the trust region scaled the step by.
+        step_norm: `‖δ‖`, Euclidean, of all parameters.
+        statistics_age: steps since statistics last entered the factors.
+        inverse_age: steps since the inverses were refreshed.
+        skipped_steps: how many were left out so far.
+        seconds: by phase (`PHASES`), since the last record, of the host's clock.
+        pi: `π` of every layer's Kronecker product (of groups the mean), where a writer
+            gets the record; None of one without statistics.
     """
 
     step: int
@@ -34,6 +51,59 @@ class StepRecord:
     new_loss: Tensor | float | None = None
     predicted_change: Tensor | None = None
     rho: float | None = None
+    norm_scale: Tensor | None = None
+    region_scale: Tensor | None = None
+    step_norm: Tensor | None = None
+    statistics_age: int | None = None
+    inverse_age: int | None = None
+    skipped_steps: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
+    pi: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def actual_change(self) -> Tensor | float | None:
+        """Of the loss, where both are known."""
+        if self.loss is None or self.new_loss is None:
+            return None
+        return self.new_loss - self.loss
+
+
+class Clock:
+    """Seconds by phase; of phases within each other the innermost counts.
+
+    >>> clock = Clock()
+    >>> with clock.phase("step"), clock.phase("inverses"):
+    ...     pass
+    >>> list(clock.take())
+    ['statistics', 'inverses', 'closure', 'step']
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is within as this phase's."""
+        self._note()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._note()
+            self._open.pop()
+
+    def _note(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds so far, and begin again."""
+        taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return taken
 
 
 @dataclass
@@ -48,6 +118,8 @@ class Step:
         lr: see `StepRecord`.
         momentum: see `StepRecord`.
         predicted_change: see `StepRecord`.
+        norm_scale: see `StepRecord`.
+        region_scale: see `StepRecord`.
     """
 
     params: list[Tensor]
@@ -57,6 +129,13 @@ class Step:
     lr: Tensor | float
     momentum: Tensor | float
     predicted_change: Tensor | None = None
+    norm_scale: Tensor | None = None
+    region_scale: Tensor | None = None
+
+    def norm(self) -> Tensor:
+        """Return `‖δ‖` of all parameters, 0-dim."""
+        norms = torch._foreach_norm(self.deltas)
+        return torch.stack([norm.to(norms[0]) for norm in norms]).norm()
 
     def prediction(self) -> Tensor:
         """Return the predicted change, which was asked for."""

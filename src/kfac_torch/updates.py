@@ -11,6 +11,7 @@ take a step, and whether (the optimizer's business).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -184,7 +185,7 @@ class UpdateRule:
             params,
             step.deltas,
             step.memory,
-            change.isfinite(),
+            change.isfinite() & _finite_memory(step.memory).to(change.device),
             group["lr"],
             group["momentum"],
             change,
@@ -213,19 +214,18 @@ class UpdateRule:
             velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, grads)
             updates = precondition(blocks, params, velocities)
-            finite, _ = limit_norm(updates, velocities, lrs, limit)
+            finite, kappa = limit_norm(updates, velocities, lrs, limit)
         else:
             directions = precondition(blocks, params, grads)
-            finite, _ = limit_norm(directions, grads, lrs, limit)
+            finite, kappa = limit_norm(directions, grads, lrs, limit)
             velocities = list(torch._foreach_mul(velocities, momenta))
             torch._foreach_add_(velocities, directions)
             updates = velocities
         deltas = list(torch._foreach_mul(updates, [-lr for lr in lrs]))
         self._add_decay(deltas, params, [-lr for lr in lrs])
         memory = [{"momentum_buffer": velocity} for velocity in velocities]
-        return Step(
-            params, deltas, memory, finite, self._group["lr"], self._group["momentum"]
-        )
+        lr, momentum = self._group["lr"], self._group["momentum"]
+        return Step(params, deltas, memory, finite, lr, momentum, norm_scale=kappa)
 
     def _options(self, params: list[Tensor], name: str) -> list[Any]:
         """An option of every parameter's own group."""
@@ -268,9 +268,8 @@ class UpdateRule:
             directions.append(previous)
         model = self._quadratic_model(params, grads, directions)
         weights = model.minimize(total, fixed, self._qmodel.max_momentum)
-        weights = self._limited(
-            model, weights if lr is None else lr * weights, total, trial
-        )
+        weights = weights if lr is None else lr * weights
+        weights, scales = self._limited(model, weights, total, trial)
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
@@ -282,6 +281,7 @@ class UpdateRule:
             -weights[0],
             weights[1] if len(weights) > 1 else torch.zeros_like(weights[0]),
             model.change(weights, self._included()),
+            *scales,
         )
 
     def _shares(self, params: list[Tensor]) -> tuple[float | None, list[float]]:
@@ -295,17 +295,20 @@ class UpdateRule:
 
     def _limited(
         self, model: QuadraticModel, weights: Tensor, total: float, trial: Trial
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Scale the step as a whole: to the norm limit, into the trust region."""
         group = self._group
-        limits = [(group["norm_constraint"], total)]
-        if group["trust_region"] is not None:
-            limits.append((self._region(trial, weights), 0.0))
-        for limit, damping in limits:
+        scales: list[Tensor | None] = []
+        for name, damping in (("norm_constraint", total), ("trust_region", 0.0)):
+            limit, scale = group[name], None
+            if limit is not None and name == "trust_region":
+                limit = self._region(trial, weights)
             if limit is not None:
                 norm = model.squared_norm(weights, damping)
-                weights = weights * (limit / norm).sqrt().clamp(max=1.0)
-        return weights
+                scale = (limit / norm).sqrt().clamp(max=1.0)
+                weights = weights * scale
+            scales.append(scale)
+        return weights, scales
 
     def _region(self, trial: Trial, like: Tensor) -> Tensor | None:
         """`fraction · L`; where nothing tells `L`, no limit."""
@@ -403,6 +406,13 @@ class UpdateRule:
 
 def _select(which: Sequence[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
     return [list(itertools.compress(tensors, which)) for tensors in lists]
+
+
+def _finite_memory(memory: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Whether what is to be remembered is finite: the square of a gradient may not be."""
+    tensors = [v for each in memory for v in each.values() if isinstance(v, Tensor)]
+    largest = torch._foreach_norm(tensors, math.inf)
+    return torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all()
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

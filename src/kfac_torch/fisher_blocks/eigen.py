@@ -270,7 +270,7 @@ class FullyConnectedEKFACFB(EigenKroneckerFB, FullyConnectedKFACBasicFB):
     >>> x, g = torch.eye(2), torch.tensor([[1.0], [3.0]])
     >>> for _ in range(2):  # the first update is before there is a basis
     ...     block.accumulate(block.moments([x], [[g]], num_terms=2), decay=0.95)
-    ...     refresh_inverses(block.factors)
+    ...     _ = refresh_inverses(block.factors)
     >>> block.full_fisher_block()  # K-FAC's has 2.5 twice
     tensor([[0.5000, 0.0000],
             [0.0000, 4.5000]])

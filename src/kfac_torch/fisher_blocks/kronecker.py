@@ -53,11 +53,15 @@ class KroneckerProductFB(LayerFB):
 
     def _split_damping(self) -> tuple[Tensor, Tensor]:
         """`(π√(λ/T), √(λ/T)/π)`, from the current factors."""
-        A, G = self._sides()
         damping = float(evaluate_damping(self._damping, self.name))
         root = math.sqrt(normalize_damping(damping, self.num_locations))
-        pi = compute_pi(A.cov_trace() / A.cov_dim, G.cov_trace() / G.cov_dim)
+        pi = self.pi()
         return pi * root, root / pi
+
+    def pi(self) -> Tensor:
+        """Return `π` by the current factors, one for each group."""
+        A, G = self._sides()
+        return compute_pi(A.cov_trace() / A.cov_dim, G.cov_trace() / G.cov_dim)
 
     def _damping_funcs(self) -> tuple[PackagedFunc, PackagedFunc]:
         """One per side; known by layer and side, so that every exponent shares them."""

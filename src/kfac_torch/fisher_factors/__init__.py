@@ -44,7 +44,6 @@ from .diagonal_kronecker import (
 from .inverse_providing import (
     DenseSquareMatrixFactor as DenseSquareMatrixFactor,
     InverseProvidingFactor as InverseProvidingFactor,
-    refresh_inverses as refresh_inverses,
 )
 from .linear import (
     FullyConnectedKroneckerFactor as FullyConnectedKroneckerFactor,
@@ -68,6 +67,7 @@ from .recurrent import (
     series_option1_product as series_option1_product,
     series_option2_product as series_option2_product,
 )
+from .refreshing import refresh_inverses as refresh_inverses
 from .split import (
     SplitKroneckerFactor as SplitKroneckerFactor,
 )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc
+from ..health import FactorHealth
 from .data import (
     INTEGERS,
     Entry,
@@ -155,7 +156,7 @@ class FisherFactor(abc.ABC):
         self._cov: Tensor | None = None
         self._weight = 0.0
         self._num_updates = 0
-        self._num_rejected_updates = 0
+        self._health = FactorHealth()
 
     # What a kind of factor is.
 
@@ -212,7 +213,12 @@ class FisherFactor(abc.ABC):
     @property
     def num_rejected_updates(self) -> int:
         """How many updates were left out because of a NaN or an Inf."""
-        return self._num_rejected_updates
+        return self._health.rejected
+
+    @property
+    def health(self) -> FactorHealth:
+        """What went wrong with this factor and was mended, in numbers."""
+        return self._health
 
     def instantiate_cov_variables(self) -> None:
         """Make `cov`. Raises RuntimeError on a second call."""
@@ -354,7 +360,8 @@ class FisherFactor(abc.ABC):
 
         `op()` reads the tensors given at construction (or calls their providers);
         `op(tensors)` takes new ones, nested as at construction. A batch with a NaN or an
-        Inf is left out, with a RuntimeWarning, and counted in `num_rejected_updates`.
+        Inf is left out and counted in `num_rejected_updates`, the first one with a
+        RuntimeWarning.
 
         Args:
             ema_decay: `ε` in [0, 1]; 0 keeps the newest statistic alone.
@@ -377,12 +384,13 @@ class FisherFactor(abc.ABC):
                 self.accumulate(cov, decay)
             else:
                 self.reject()
-                warnings.warn(
-                    f"{self.name}: the batch has NaN or Inf values; it was left out and "
-                    "the last good covariance is kept",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                if self.num_rejected_updates == 1:
+                    warnings.warn(
+                        f"{self.name}: the batch has NaN or Inf values; it was left out "
+                        "and the last good covariance is kept",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
             current = self.get_cov_var()
             assert current is not None
             return current
@@ -391,7 +399,7 @@ class FisherFactor(abc.ABC):
 
     def reject(self) -> None:
         """Count an update that was left out."""
-        self._num_rejected_updates += 1
+        self._health.rejected += 1
 
     def _nest(self, tensors: Sequence[Any]) -> Sequence[Sequence[Entry]]:
         """Bring what `op` was given to `tensors[source][tower]`."""
@@ -532,7 +540,7 @@ class FisherFactor(abc.ABC):
             "cov": None if self._cov is None else self._cov.clone(),
             "weight": self._weight,
             "num_updates": self._num_updates,
-            "num_rejected_updates": self._num_rejected_updates,
+            "health": self._health.counts(),
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -555,4 +563,4 @@ class FisherFactor(abc.ABC):
         self._cov = None if cov is None else cov.to(self._device, self._dtype, copy=True)
         self._weight = state["weight"]
         self._num_updates = state["num_updates"]
-        self._num_rejected_updates = state["num_rejected_updates"]
+        self._health = FactorHealth(**state["health"])

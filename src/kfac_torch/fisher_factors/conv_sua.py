@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, evaluate_damping
-from ..linalg import psd_inverse, symmetrize
+from ..linalg import DampedCholesky, symmetrize
 from .base import FactorOptions
 from .conv_geometry import ConvGeometry, Padding, printable
 from .data import TensorLike, scope_string_from_params
@@ -298,7 +298,9 @@ class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
         computed = list[Computed]()
         for inverse in stored:
             damping = torch.as_tensor(dampings[inverse.damping_id]).to(cov)
-            M = psd_inverse(cov, damping, [self.name])
+            cholesky = DampedCholesky(cov, damping, [self.name])
+            self._rescues += cholesky.rescues.values()
+            M = cholesky.inverse()
             w = M @ m
             c = damping / (1 + damping) if self._has_bias else torch.ones_like(damping)
             s = c / (1 + c * self._conv.num_offsets * (m @ w))

@@ -36,7 +36,8 @@ from ..linalg import psd_eigh
 from .base import FactorOptions
 from .data import append_homog
 from .diagonal import GRADIENT_BYTES, DiagonalFactor
-from .inverse_providing import Computed, InverseProvidingFactor, Stored, refresh_inverses
+from .inverse_providing import Computed, InverseProvidingFactor, Stored
+from .refreshing import refresh_inverses
 
 
 class EigenScaleFactor(DiagonalFactor):
@@ -148,7 +149,9 @@ class EigenScaleFactor(DiagonalFactor):
     def compute_stored(self) -> list[Computed]:
         """Return the basis of the current `A` and `G`, and the scales in it."""
         floor = self._options.eigenvalue_clipping_threshold
-        (s_A, Q_A), (s_G, Q_G) = (psd_eigh(side.get_cov(), floor) for side in self._sides)
+        (s_A, Q_A), (s_G, Q_G) = (
+            psd_eigh(side.get_cov(), floor, side.name) for side in self._sides
+        )
         if self._num_corrections:
             old_A, old_G = self.basis
             left, right = (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
@@ -160,7 +163,11 @@ class EigenScaleFactor(DiagonalFactor):
 
     def make_inverse_update_ops(self) -> list[Callable[[], None]]:
         """Return a callable that brings the scales to the basis of the current factors."""
-        return [lambda: refresh_inverses([self])]
+
+        def op() -> None:
+            refresh_inverses([self])
+
+        return [op]
 
     # Costs.
 

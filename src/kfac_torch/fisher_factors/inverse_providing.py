@@ -4,15 +4,16 @@ Factorise rarely, apply often: powers are registered, stored, refreshed on deman
 served stale in between, as in `tf.contrib.kfac`. Several inverses with different
 damping, or any power but -1, come from one eigendecomposition; a single inverse from a
 Cholesky factorisation, which it shares with the triangular `L` and `L⁻¹` where these are
-registered for the same damping. Left out: when to refresh (the estimator's business),
-and which damping (the block's).
+registered for the same damping. Matrices that no factorisation takes climb the ladder of
+`linalg.py`, each alone. Left out: when to refresh (the estimator's business), which
+damping (the block's), and what becomes of a failure (`refreshing.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self, TypeAlias
@@ -21,7 +22,14 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, damping_id, evaluate_damping
-from ..linalg import DampedCholesky, add_damping, psd_eigh, psd_power
+from ..linalg import (
+    DampedCholesky,
+    Rescue,
+    add_damping,
+    psd_eigh,
+    psd_power,
+    rescued_power,
+)
 from .base import FisherFactor
 
 Function: TypeAlias = float | str
@@ -57,6 +65,7 @@ class InverseProvidingFactor(FisherFactor):
         self._powers: dict[tuple[Function, Hashable], Stored] = {}
         self._eigendecomp: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._eigendecomp_requested = False
+        self._rescues: list[Rescue] = []  # of the refresh that is running
 
     # Registration.
 
@@ -193,12 +202,19 @@ class InverseProvidingFactor(FisherFactor):
         self._eigendecomp_requested = False
         ops = list[Callable[[], None]]()
         if eigen and self._exponents():
-            ops.append(lambda: _store(self._powers_by_eigendecomp()))
+            ops.append(lambda: self._renew(self._powers_by_eigendecomp))
         for wanted in self._by_cholesky(eigen).values():
-            ops.append(lambda wanted=wanted: _store(_factorise([(self, wanted)])))
+            ops.append(
+                lambda wanted=wanted: self._renew(lambda: factorise([(self, wanted)]))
+            )
         if self._others():
-            ops.append(lambda: _store(self._compute_others()))
+            ops.append(lambda: self._renew(self._compute_others))
         return ops
+
+    def _renew(self, compute: Callable[[], list[Computed]]) -> None:
+        self._rescues = []
+        store(compute())
+        self._health.refreshed(self._rescues)
 
     @property
     def is_refreshed(self) -> bool:
@@ -221,7 +237,7 @@ class InverseProvidingFactor(FisherFactor):
         version = self._stored_cov()._version
         if self._eigendecomp is None or self._eigendecomp[0] != version:
             floor = self._options.eigenvalue_clipping_threshold
-            self._eigendecomp = version, psd_eigh(self._matrices(), floor)
+            self._eigendecomp = version, psd_eigh(self._matrices(), floor, self.name)
         return self._eigendecomp[1]
 
     def _instantiated(self) -> list[Stored]:
@@ -264,8 +280,20 @@ class InverseProvidingFactor(FisherFactor):
         for power in powers:
             exp, damping = power.function, values[power.damping_id]
             assert isinstance(exp, float)
-            computed.append((power, (psd_power(e, V, exp, damping, self.name),)))
+            computed.append((power, (self._power_of(e, V, exp, damping),)))
         return computed
+
+    def _power_of(
+        self, e: Tensor, V: Tensor, exp: float, damping: Tensor | float
+    ) -> Tensor:
+        """`V diag((e + λ)^exp) Vᵀ`, or what the ladder gives in its place."""
+        try:
+            return psd_power(e, V, exp, damping, self.name)
+        except torch.linalg.LinAlgError:
+            floor = self._options.eigenvalue_clipping_threshold
+            power, rescue = rescued_power(self._matrices(), exp, damping, self.name, floor)
+            self._rescues.append(rescue)
+            return power
 
     # Serving.
 
@@ -476,33 +504,8 @@ class InverseProvidingFactor(FisherFactor):
 DenseSquareMatrixFactor = InverseProvidingFactor  # its name after r1.8
 
 
-def refresh_inverses(factors: Iterable[FisherFactor]) -> None:
-    """Refresh all that the factors store; same-size factorisations in one batch.
-
-    Factors that store nothing (diagonal ones) have nothing to compute.
-
-    Raises:
-        torch.linalg.LinAlgError: a damped factor is singular; the message names it and
-            every stored matrix of every factor keeps its old value.
-    """
-    new: list[Computed] = []
-    batches = defaultdict(list)
-    for factor in dict.fromkeys(factors):
-        if not isinstance(factor, InverseProvidingFactor):
-            new += factor.compute_stored()
-            continue
-        eigen = factor.uses_eigendecomp()
-        if eigen:
-            new += factor._powers_by_eigendecomp()
-        for wanted in factor._by_cholesky(eigen).values():
-            functions = frozenset(stored.function for stored in wanted)
-            key = (factor._matrix_shape, factor._dtype, factor._device, functions)
-            batches[key].append((factor, wanted))
-        new += factor._compute_others()
-    for batch in batches.values():
-        new += _factorise(batch)
-    _store(new)
-
+Failures: TypeAlias = dict[FisherFactor, torch.linalg.LinAlgError]
+"""Factors that no rung of the ladder factorises, and why."""
 
 _FROM_CHOLESKY = MappingProxyType(
     {
@@ -513,12 +516,14 @@ _FROM_CHOLESKY = MappingProxyType(
 )
 
 
-def _factorise(
+def factorise(
     batch: list[tuple[InverseProvidingFactor, list[Stored]]],
+    failed: Failures | None = None,
 ) -> list[Computed]:
     """Factorise same-size factors in one call, and compute what is wanted of each.
 
-    Each member wants the same functions, of one damping.
+    Each member wants the same functions, of one damping. Factors without a factorisation
+    are added to `failed`, with meaningless results; None raises.
     """
     dampings = [
         torch.as_tensor(
@@ -534,7 +539,12 @@ def _factorise(
     damping = torch.stack([value.expand(batch_shape[1:]) for value in dampings])
     repeats = batch_shape[1:].numel()
     names = [factor.name for factor, _ in batch for _ in range(repeats)]
-    cholesky = DampedCholesky(covs, damping, names)
+    cholesky = DampedCholesky(covs, damping, names, partial=failed is not None)
+    for i, rescue in cholesky.rescues.items():
+        batch[i // repeats][0]._rescues.append(rescue)
+    if failed is not None:
+        for i, error in cholesky.failures.items():
+            failed.setdefault(batch[i // repeats][0], error)
     values = {s.function: _FROM_CHOLESKY[s.function](cholesky) for s in batch[0][1]}
     return [
         (stored, (values[stored.function][i],))
@@ -543,7 +553,8 @@ def _factorise(
     ]
 
 
-def _store(new: list[Computed]) -> None:
+def store(new: list[Computed]) -> None:
+    """Let new values replace the old ones."""
     for stored, tensors in new:
         for old, tensor in zip(stored.tensors, tensors, strict=True):
             old.copy_(tensor)

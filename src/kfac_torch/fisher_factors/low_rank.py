@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc
-from ..linalg import symmetrize
+from ..linalg import Rescue, symmetrize
 from .base import FactorOptions
 from .conv import ConvInputKroneckerFactor, ConvOutputKroneckerFactor
 from .data import TensorLike
@@ -264,11 +264,15 @@ class LowRankFactor(InverseProvidingFactor, abc.ABC):
         if exp < 0:
             rounding = self.cov_dim * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
             if not (damped > rounding).all():
-                raise torch.linalg.LinAlgError(
-                    f"matrix {self.name} is singular: cannot raise C + damping·I to {exp} "
-                    f"when its smallest eigenvalue is {damped.min().item():.3g}. Use a "
-                    "larger damping, or update the statistics with more data first."
-                )
+                if not (s.isfinite().all() and (damping > 0).all()):
+                    raise torch.linalg.LinAlgError(
+                        f"matrix {self.name} is singular: cannot raise C + damping·I to "
+                        f"{exp} when its smallest eigenvalue is {damped.min().item():.3g}. "
+                        "Use a larger damping, or update the statistics with more data "
+                        "first."
+                    )
+                damped = damped.maximum(rounding)
+                self._rescues.append(Rescue("clamped"))
         powers = damped.pow(exp)
         tail = powers[..., :1]
         return U, torch.cat([tail, powers[..., 1:] - tail], -1)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, damping_id
-from ..linalg import psd_power, symmetrize
+from ..linalg import symmetrize
 from .base import FactorOptions
 from .data import Entry, append_homog, last_size, name_of_uses
 from .inverse_providing import Computed, Function, InverseProvidingFactor, Stored
@@ -259,7 +259,7 @@ class MultiUseFactor(InverseProvidingFactor, abc.ABC):
 
     def _quants(self, stored: Stored, damping: Tensor | float) -> tuple[Tensor, ...]:
         e, V = self._current_eigendecomp()
-        H = symmetrize(psd_power(e, V, -0.5, damping, self.name))
+        H = symmetrize(self._power_of(e, V, -0.5, damping))
         C1 = self.get_cov_dt1()
         if stored.function == _OPTION_1:
             psi, U = torch.linalg.eigh(H @ symmetrize(C1) @ H)
