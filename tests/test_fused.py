@@ -211,7 +211,10 @@ def test_recurrent_layers_are_the_same(kind, options, state, packed):
 
 def test_a_sequence_without_a_batch():
     module, x = nn.GRU(3, 4, bidirectional=True), leaf(L, 3)
-    record = lambda part, a, s: s  # noqa: E731
+
+    def record(part, a, s):
+        return s
+
     assert_same(run(module, [x], {}, record), run(module, [x], {}))
 
 

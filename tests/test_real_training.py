@@ -163,9 +163,11 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         if self.use_reentrant is None:
-            return self.last(torch.tanh(self.first(x)))
-        inner = lambda x: self.last(torch.tanh(self.first(x)))  # noqa: E731
-        return checkpoint(inner, x, use_reentrant=self.use_reentrant)
+            return self.inner(x)
+        return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+
+    def inner(self, x):
+        return self.last(torch.tanh(self.first(x)))
 
 
 @pytest.mark.parametrize("mode", ["exact", "gradients", "empirical"])

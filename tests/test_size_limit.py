@@ -75,10 +75,15 @@ def test_each_side_by_its_size(limit, expected):
 
 def test_other_layers():
     assert sizes(nn.Embedding(50, 9), SizeLimit(4)) == [["diagonal 50", "split 3x3"]]
+
+    def norm(layers):
+        layers.register_scale_and_shift(layers.model)
+
+    def sua(layers):
+        layers.register_convolution(layers.model, "kron_sua")
+
     for size, expected in ((16, "full 16"), (15, "diagonal 16")):
-        register = lambda layers: layers.register_scale_and_shift(layers.model)  # noqa: E731
-        assert sizes(nn.LayerNorm(8), SizeLimit(size), register) == [[expected]]
-    sua = lambda layers: layers.register_convolution(layers.model, "kron_sua")  # noqa: E731
+        assert sizes(nn.LayerNorm(8), SizeLimit(size), norm) == [[expected]]
     expected = ["uncorrelated locations 3 of 28", "split 2x4"]
     assert sizes(nn.Conv2d(3, 8, 3), SizeLimit(4), sua) == [expected]
 

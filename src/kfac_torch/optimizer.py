@@ -61,15 +61,15 @@ _KEPT = ("_calibrated", "_told", "damping_unit")
 
 
 class KFAC(NamedState):
-    """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the linear layers, convolutions
-    and embeddings of a model, another rule for its other parameters.
+    """K-FAC (Martens & Grosse 2015, arXiv 1503.05671) for the layers of a model that have a
+    block (`registration.KINDS`), another rule for its other parameters.
 
     Without an `lr` it is automatic: step size and momentum are those of the quadratic
     model, a trust region limits the step, λ starts relative to the curvature and adapts.
 
-    On a step where statistics are due, a hook on the model's forward draws targets from
-    the model's own output and takes gradients to the layer outputs: the true Fisher,
-    before the user's own backward and without touching any `.grad`.
+    On a step where statistics are due, targets are drawn from the model's own output, and
+    gradients taken to the layer outputs, where the user's backward has just reached that
+    output: the true Fisher, without touching any `.grad`.
 
     A batch with a NaN or an Inf in its statistics or its gradient changes no parameter
     (and no factor, if statistics are due): the step is left out and counted, the first one
@@ -89,7 +89,7 @@ class KFAC(NamedState):
             gives the factor by which it differs; of `"normal"` the factor shows only
             where a closure returns the loss. None where `layer_collection` has losses.
         layer_collection: the layers and their approximations, and maybe the losses;
-            every linear layer, convolution and embedding if None.
+            every layer of a known kind if None.
         output: where the network output is in what the model returns, if that is not a
             tensor: a key, an index, an attribute name or a callable.
         lr: `η`, in units of the natural gradient (1 is a full Newton-like step); a param
