@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from kfac_torch import KFAC
 from kfac_torch.loss_functions import CategoricalLogitsNegativeLogProbLoss
-from kfac_torch.quadratic_model import fisher_products, rerun
+from kfac_torch.quadratic_model import fisher_products
+from kfac_torch.replay import rerun
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -19,11 +19,10 @@ from kfac_torch.loss_functions import (
 from kfac_torch.preconditioning import limit_norm
 from kfac_torch.quadratic_model import (
     QuadraticModel,
-    every_kth,
     fisher_products,
     products,
-    rerun,
 )
+from kfac_torch.replay import every_kth, rerun
 
 pytestmark = pytest.mark.usefixtures("float64")
 MODELLED = ["qmodel", "qmodel_fixedmu"]

@@ -16,6 +16,7 @@ Left out: terms of the user's loss besides the declared ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -55,11 +56,18 @@ class BatchLoss:
 
     def value(self) -> Tensor | None:
         """Return the loss per term, 0-dim; None where the gradient cannot tell."""
-        return self._sum(lambda loss, g, w, _: loss.value_from_gradient(g, w))
+        return self._value
 
     def size(self) -> Tensor | None:
         """Return what `½ δᵀFδ` may be compared with; None where nothing can tell."""
+        losses = [part.loss for forward in self.forwards for part in forward.parts]
+        if all(loss.size_is_value for loss in losses):
+            return self._value
         return self._sum(lambda loss, g, w, _: loss.size_from_gradient(g, w))
+
+    @functools.cached_property
+    def _value(self) -> Tensor | None:
+        return self._sum(lambda loss, g, w, _: loss.value_from_gradient(g, w))
 
     def change(self, outputs: Iterable[Sequence[Tensor]]) -> Tensor | None:
         """Return how much the loss changes; None where the gradient cannot tell.

@@ -204,6 +204,7 @@ class Capture:
         self._enabled = enabled
         self._watch_grads = watch_grads
         self._tape: list[LayerCall] | None = None
+        self._apart: list[LayerCall] | None = None  # of a forward that is our own
         self._recording = ExitStack()  # what ends with the forward that is recorded
         self._by_parts = ExitStack()  # and what ends when the next one begins
         self._kept: RootCall | None = None  # of the running forward, or of the last
@@ -260,6 +261,21 @@ class Capture:
             for capture in busy:
                 capture.busy = False
 
+    @contextmanager
+    def apart(self) -> Iterator[list[LayerCall]]:
+        """Record a forward for oneself: in any mode, and no capture takes it for the user's.
+
+        The list that is yielded has the calls when it is over.
+        """
+        kept, recorded = self._kept, self.recorded
+        with self.own_gradients():
+            self._apart = calls = list[LayerCall]()
+            try:
+                yield calls
+            finally:
+                self._apart = None
+                self._kept, self.recorded = kept, recorded
+
     @property
     def _model(self) -> nn.Module:
         model = self._root()
@@ -274,16 +290,20 @@ class Capture:
     def _start(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        training = model.training and torch.is_grad_enabled()
         self._recording.close()
         self._by_parts.close()
         self._tape, self._kept = None, None
-        if training and self._enabled():
+        apart = self._apart is not None
+        if self.busy and not apart:  # another capture's own forward
+            return
+        training = model.training and torch.is_grad_enabled()
+        if apart or (training and self._enabled()):
             self._tape = []
             self._watch_layers()
             if model in self._fused:  # its own hooks for what comes first are running
                 self._enter(model)
-        if training and self.keep_forwards and self._has_its_params():
+        keep = training and self.keep_forwards and not apart
+        if keep and self._has_its_params():
             device = _device(model)
             self._kept = RootCall(args, kwargs, random_state(device))
             if torch.is_autocast_enabled(device.type):
@@ -387,7 +407,9 @@ class Capture:
         if failed and self._kept is not None:
             self.forwards.remove(self._kept)
             self._kept = None
-        if torch.is_grad_enabled() and not failed:
+        if self._apart is not None:
+            self._apart.extend(calls)
+        elif torch.is_grad_enabled() and not failed and not self.busy:
             self._on_forward(output, calls)
 
 

@@ -42,6 +42,8 @@ from .health import Health, HealthLedger
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
+from .options import ESTIMATION_MODES, Statistics
+from .replay import Replays
 from .sources import (
     BatchMoments,
     block_layer,
@@ -50,9 +52,6 @@ from .sources import (
     with_random_signs,
 )
 from .update_thunks import UpdateThunks
-
-ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
-
 
 class FisherEstimator(BlockProducts, UpdateThunks):
     """Keep the factors of a model's blocks up to date; multiply by them.
@@ -106,11 +105,13 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         damping: DampingFunc,
         layer_collection: LayerCollection,
         exps: Sequence[float] = (-1,),
-        estimation_mode: str = "gradients",
+        estimation_mode: str | Statistics = "gradients",
         *,
         seed: int = 0,
     ) -> None:
-        check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
+        if not isinstance(estimation_mode, Statistics):
+            check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
+            estimation_mode = Statistics(mode=estimation_mode)
         if not 0 <= cov_ema_decay <= 1:
             raise ValueError(
                 f"cov_ema_decay: expected a number in [0, 1], got {cov_ema_decay}"
@@ -134,7 +135,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self.loss_checked = False
         self.ledger = HealthLedger()
         self.max_kept_inverses = 3
-        self._mode = estimation_mode
+        self._mode = estimation_mode.mode
         self.seed = seed
         self._generator: torch.Generator | None = None
         # What the check of the loss found, for the empirical mode.
@@ -152,6 +153,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
                 block.release_factors()
             raise
         self._capture = self._watch()
+        self._replays = Replays(self._capture, estimation_mode)
         self.reset()
 
     def _watch(self) -> Capture:
@@ -160,7 +162,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             self.layers.model,
             {name: block_layer(block) for name, block in self.blocks.items()},
             self._on_forward,
-            lambda: self.collecting,
+            lambda: self.collecting and not self._replays.deferring,
             watch_grads=empirical,
             watch_params=self._generic_params() if empirical else (),
         )
@@ -177,6 +179,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
 
     def reset(self) -> None:
         """Forget what was gathered and not yet used."""
+        self._replays.end()
         self._pending: dict[str, list[Moment | None]] = {}
         self._finite: Tensor | None = None
         self._forwards = Forwards(
@@ -222,6 +225,10 @@ class FisherEstimator(BlockProducts, UpdateThunks):
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""
         return self.layers.losses(output)
+
+    def keep_forwards(self) -> None:
+        """Keep what the model is called with, for a caller who clears that himself."""
+        self._capture.keep_forwards = self._replays.shared = True
 
     @property
     def capture(self) -> Capture:
@@ -369,11 +376,18 @@ class FisherEstimator(BlockProducts, UpdateThunks):
 
     def has_statistics(self) -> bool:
         """Whether anything was gathered since the last update."""
-        self._forwards.take_rest()
+        self._take_rest()
         if self._mode == "empirical":
             calls = [call for forward in self._forwards.arrived for call in forward.calls]
             return any(call.grads for call in calls) or bool(self._capture.param_grads)
         return any(moment for moments in self._pending.values() for moment in moments)
+
+    def _take_rest(self) -> None:
+        """Take what was put off: forwards without a backward, or to be run again."""
+        self._forwards.take_rest()
+        if self.collecting:
+            with self._capture.clock.phase("statistics"):
+                self._replays.take(self.layers.model, self._forwards)
 
     def update_covariances(
         self, gradient_is_finite: Tensor | None = None, decay: float | None = None
@@ -390,7 +404,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             gradient"`. If there is one, every factor keeps its last good value.
         """
         try:
-            self._forwards.take_rest()
+            self._take_rest()
             self._add_empirical()
             flags = {
                 name: torch.stack([m.cov.isfinite().all() for m in moments if m]).all()
@@ -484,7 +498,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         return self.ledger.health(factors)
 
     def _update_covariance(self, block: FisherBlock, index: int) -> None:
-        self._forwards.take_rest()
+        self._take_rest()
         self._add_empirical()
         self._forwards.take_arrived()  # they hold outputs, and are of no further use
         moments = self._pending.get(block.name)
@@ -511,6 +525,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         return {
             "blocks": {name: block.state_dict() for name, block in self.blocks.items()},
             "mode": self._mode,
+            "stride": self._replays.stride,
+            "replays": self._replays.taken,
             "generator": self._generator and self._generator.get_state(),
             "generator_device": self._generator and self._generator.device.type,
             "loss_checked": self.loss_checked,
@@ -555,6 +571,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             device = next(iter(self.blocks.values())).params[0].device
         for name, block in self.blocks.items():
             block.load_state_dict(state["blocks"][name])
+        self._replays.stride = state["stride"]
+        self._replays.taken = state["replays"]
         self.loss_checked = state["loss_checked"]
         self._summed = state["summed"]
         self._gradient_factor = state["gradient_factor"]

@@ -13,7 +13,7 @@ estimator's business).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -142,21 +142,28 @@ class Forwards:
         Raises:
             ValueError: a network output that is not there, or does not fit the loss.
         """
+        forward = self._made(output, root, calls is not None)
+        if forward is None:
+            return
+        outputs = [z for _, z in self._losses.network_outputs(output)]
+        if calls is not None:
+            forward.calls, forward.outputs = calls, outputs
+        self._watch(forward, outputs)
+        self._waiting.append(forward)
+        if len(self._waiting) > _MAX_WAITING:
+            self._take(self._waiting[-1 - _MAX_WAITING])
+
+    def _made(self, output: Any, root: RootCall | None, recorded: bool) -> Forward | None:
+        """A forward without its calls; None where no output has a gradient."""
         found = self._losses.network_outputs(output)
         if not any(z.requires_grad for _, z in found):
-            return
+            return None
         parts = []
         for entry, z in found:
             loss = entry.objective.factory(z.detach())
             coeff = entry.objective.coeff(z)
             parts.append(LossPart(loss, entry.objective.factory, coeff, loss.num_terms))
-        forward = Forward(parts, root, calls is not None)
-        if calls is not None:
-            forward.calls, forward.outputs = calls, [z for _, z in found]
-        self._watch(forward, [z for _, z in found])
-        self._waiting.append(forward)
-        if len(self._waiting) > _MAX_WAITING:
-            self._take(self._waiting[-1 - _MAX_WAITING])
+        return Forward(parts, root, recorded)
 
     def _watch(self, forward: Forward, outputs: list[Tensor]) -> None:
         # The graph holds what its hooks hold: neither may hold the graph.
@@ -213,6 +220,24 @@ class Forwards:
         clock = self._capture.clock.phase("statistics")
         with clock, torch.no_grad(), autocast, self._capture.own_gradients():
             self._gather(forward, calls, outputs)
+
+    def take_again(
+        self,
+        output: Any,
+        calls: list[LayerCall],
+        weights: Sequence[tuple[Tensor, Tensor | float] | None],
+    ) -> None:
+        """Take the statistics of a forward that was run again, with its loss weights."""
+        forward = self._made(output, None, True)
+        if forward is None:
+            return
+        for part, known in zip(forward.parts, weights, strict=False):
+            if known is not None:
+                part.weights, terms = known
+                part.terms = float(terms)
+        forward.calls = calls
+        forward.outputs = [z for _, z in self._losses.network_outputs(output)]
+        self._take(forward)
 
     def take_rest(self) -> None:
         """Take the forwards that no backward has reached, where none has reached any."""

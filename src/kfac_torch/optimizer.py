@@ -43,6 +43,7 @@ from .optimizer_state import NamedState
 from .options import (
     Damping,
     QModel,
+    Statistics,
     TrustRegion,
     check_count,
     damping_at,
@@ -168,7 +169,7 @@ class KFAC(NamedState):
         weight_decay: float = 0.0,
         norm_constraint: float | str | TrustRegion | None = "auto",
         momentum_type: str | QModel | None = None,
-        estimation_mode: str = "gradients",
+        estimation_mode: str | Statistics = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
         invert_every: int = 5,
@@ -218,7 +219,7 @@ class KFAC(NamedState):
         self,
         layers: LayerCollection,
         cov_ema_decay: float,
-        estimation_mode: str,
+        estimation_mode: str | Statistics,
         chosen: str | QModel,
         region: TrustRegion | None,
     ) -> None:

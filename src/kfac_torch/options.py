@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from .damping import LevenbergMarquardt, RelativeDamping, check_damping
 from .fisher_factors.base import check_choice
 
+ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
 MOMENTUM = 0.9
 NORM_CONSTRAINT = 1e-3
@@ -50,12 +51,7 @@ class QModel:
     max_momentum: float | None = None
 
     def __post_init__(self) -> None:
-        check_count("QModel: min_terms", self.min_terms, 1)
-        if not 0 < self.batch_fraction <= 1:
-            raise ValueError(
-                "QModel: batch_fraction: expected a number in (0, 1], got "
-                f"{self.batch_fraction!r}"
-            )
+        _check_part("QModel", self.batch_fraction, self.min_terms)
         if self.max_momentum is not None and not self.max_momentum >= 0:
             raise ValueError(
                 f"QModel: max_momentum: expected a number >= 0, got {self.max_momentum!r}"
@@ -68,7 +64,58 @@ class QModel:
 
     def stride(self, num_terms: float) -> int:
         """`k`: one example in so many of a batch with `num_terms` loss terms is used."""
-        return max(1, min(round(1 / self.batch_fraction), int(num_terms // self.min_terms)))
+        return _stride(self.batch_fraction, self.min_terms, num_terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """How statistics are estimated, as an `estimation_mode` with options.
+
+    Args:
+        mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`.
+        batch_fraction: of the examples that statistics are taken on, in (0, 1]: every
+            k-th, `k = 1/batch_fraction` rounded, from a start that moves on. The model
+            runs again on these when the step comes, with the same random numbers; the
+            first batch counts in full.
+        min_terms: loss terms that are left at least, where the batch has so many; k is
+            smaller for that.
+
+    Raises:
+        ValueError: a value out of range, or a part of the batch in `"empirical"` mode,
+            whose gradients are those of the user's own backward.
+
+    >>> Statistics(batch_fraction=0.25).stride(1000)
+    4
+    """
+
+    mode: str = "gradients"
+    batch_fraction: float = 1.0
+    min_terms: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("Statistics: mode", self.mode, ESTIMATION_MODES)
+        _check_part("Statistics", self.batch_fraction, self.min_terms)
+        if self.mode == "empirical" and self.batch_fraction < 1:
+            raise ValueError(
+                "Statistics: batch_fraction: expected 1 in the empirical mode, which takes "
+                f"the gradients of the user's backward, got {self.batch_fraction!r}"
+            )
+
+    def stride(self, num_terms: float) -> int:
+        """`k`: one example in so many of a batch with `num_terms` loss terms is used."""
+        return _stride(self.batch_fraction, self.min_terms, num_terms)
+
+
+def _check_part(name: str, batch_fraction: float, min_terms: int) -> None:
+    check_count(f"{name}: min_terms", min_terms, 1)
+    if not 0 < batch_fraction <= 1:
+        raise ValueError(
+            f"{name}: batch_fraction: expected a number in (0, 1], got {batch_fraction!r}"
+        )
+
+
+def _stride(batch_fraction: float, min_terms: int, num_terms: float) -> int:
+    return max(1, min(round(1 / batch_fraction), int(num_terms // min_terms)))
 
 
 @dataclass(frozen=True, kw_only=True)

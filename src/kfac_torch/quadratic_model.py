@@ -28,12 +28,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.overrides import TorchFunctionMode
 
 from .fused import ComputeByParts
 from .loss_functions import LossFunction
+
+_LONG = 2**14  # elements from which on a copy costs more than a few calls
 
 Losses: TypeAlias = Callable[[Any], list[tuple[LossFunction, float]]]
 """What a network output means: distributions, each with the weight of its loss term."""
@@ -138,12 +140,20 @@ def products(directions: Sequence[Sequence[Tensor]]) -> Tensor:
     tensor([[14., 19.],
             [19., 29.]], dtype=torch.float64)
     """
-    device = directions[0][0].device
-    total = torch.zeros((len(directions),) * 2, dtype=solving_dtype(device), device=device)
+    k, device = len(directions), directions[0][0].device
+    total = torch.zeros(k, k, dtype=solving_dtype(device), device=device)
     for parts in zip(*directions, strict=True):
         parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
-        rows = torch.stack([_accumulating(part).flatten() for part in parts])
-        total += (rows @ rows.mT).to(total)
+        rows = [_accumulating(part).flatten() for part in parts]
+        if len(rows[0]) < _LONG:
+            stacked = torch.stack(rows)
+            total += (stacked @ stacked.mT).to(total)
+            continue
+        # Without a copy of everything.
+        dots = [torch.dot(rows[i], rows[j]) for i in range(k) for j in range(i, k)]
+        upper = torch.triu_indices(k, k, device=device)
+        gram = total.new_zeros(k, k).index_put_(tuple(upper), torch.stack(dots).to(total))
+        total += gram + gram.triu(1).mT
     return total
 
 
@@ -182,6 +192,7 @@ def fisher_products(
     >>> def normal(z):
     ...     from kfac_torch.loss_functions import NormalMeanNegativeLogProbLoss
     ...     return [(NormalMeanNegativeLogProbLoss(z, var=1.0), 1.0)]
+    >>> from torch.func import functional_call
     >>> fisher_products(
     ...     [lambda params: functional_call(model, params, (x,))],
     ...     normal,
@@ -395,53 +406,31 @@ def _check_tangent(
 @contextmanager
 def _differentiable_kernels() -> Iterator[None]:
     """Use kernels that have a forward mode, which fused ones have not."""
-    with sdpa_kernel(SDPBackend.MATH), ComputeByParts(lambda part, a, s: s):
+    with sdpa_kernel(SDPBackend.MATH), ComputeByParts(lambda part, a, s: s), _Formulas():
         yield
 
 
-def rerun(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[Mapping[str, Tensor]], Any]:
-    """Return what runs a forward again with other parameters, leaving no trace.
+class _Formulas(TorchFunctionMode):
+    """Compute by its formula what has a forward mode in Python alone, far slower."""
 
-    Buffers, the running statistics of a batch norm, are copies that are thrown away.
-    """
-
-    # Those that are left out are the model's own, out of reach of the user's graph.
-    own = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-
-    def forward(params: Mapping[str, Tensor]) -> Any:
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return functional_call(model, {**own, **copies, **params}, args, dict(kwargs))
-
-    return forward
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-def every_kth(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], stride: int, start: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a forward with one example in `stride`, from `start` on.
-
-    The batch is the first dimension of the first tensor; every other tensor with that
-    first dimension, in lists, tuples and mappings too, is thinned out alike. A batch of
-    fewer examples than `stride` stays whole.
-
-    >>> every_kth((torch.arange(6),), {"scale": torch.ones(1)}, 3, 1)
-    ((tensor([1, 4]),), {'scale': tensor([1.])})
-    """
-    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if _has_rows(leaf)]
-    size = leaves[0].shape[0] if leaves else 0
-    if stride == 1 or size < stride:
-        return args, dict(kwargs)
-
-    def thin(leaf: Any) -> Any:
-        if _has_rows(leaf) and leaf.shape[0] == size:
-            return leaf[start % stride :: stride]
-        return leaf
-
-    return tree_map(thin, (args, dict(kwargs)))
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = list(range(-len(normalized_shape), 0))
+    wide = _accumulating(input)
+    centred = wide - wide.mean(dims, keepdim=True)
+    unit = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    unit = unit if weight is None else unit * weight
+    return (unit if bias is None else unit + bias).to(input.dtype)

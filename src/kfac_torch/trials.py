@@ -21,7 +21,8 @@ from .batch_loss import BatchLoss
 from .capture import random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
-from .quadratic_model import products, rerun
+from .quadratic_model import products
+from .replay import rerun
 from .steps import Step
 
 

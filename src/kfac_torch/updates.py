@@ -29,12 +29,10 @@ from .plain_updates import plain_options, propose_plain
 from .preconditioning import limit_norm, precondition, ready_blocks
 from .quadratic_model import (
     QuadraticModel,
-    TermWeights,
-    every_kth,
     fisher_products,
     products,
-    rerun,
 )
+from .replay import every_kth, rerun, thin_weights
 from .steps import Step
 from .trials import Trial
 
@@ -77,7 +75,8 @@ class UpdateRule:
         self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
         self._first_rule = self.rule
         self._undamped = False
-        estimator.capture.keep_forwards = self.modelled or self.rule is not None
+        if self.modelled or self.rule is not None:
+            estimator.keep_forwards()
         if self.rule and not self.modelled:
             self._ask_for_products()
 
@@ -351,7 +350,13 @@ class UpdateRule:
                 self._losses,
                 dict(zip(names, params, strict=True)),
                 [dict(zip(names, parts, strict=True)) for parts in directions],
-                [[self._thinned(call, pair) for pair in call.weights] for call in calls],
+                [
+                    [
+                        thin_weights(pair, self._stride(call), self.num_steps)
+                        for pair in call.weights
+                    ]
+                    for call in calls
+                ],
             )
         finally:
             if now is not None:
@@ -362,13 +367,6 @@ class UpdateRule:
     def _stride(self, call: RootCall) -> int:
         assert self._qmodel is not None
         return self._qmodel.stride(call.num_terms)
-
-    def _thinned(self, call: RootCall, weights: TermWeights) -> TermWeights:
-        """The weights of the examples that the quadratic model is of."""
-        if weights is None:
-            return None
-        ((some,), _) = every_kth((weights[0],), {}, self._stride(call), self.num_steps)
-        return some, weights[1] * some.sum() / weights[0].sum()
 
     def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """What the model returned means: distributions, each with its weight."""

@@ -46,6 +46,8 @@ class LossFunction(abc.ABC):
     _event_dim = -1
     # Whether `F_L` is the Hessian at the output, so that it makes the GGN.
     _curvature_is_the_hessian = False
+    # Whether the loss itself, whose minimum is then near 0, is its size for a step.
+    size_is_value = False
 
     def __init__(
         self, inputs: Tensor, targets: Tensor | None = None, name: str | None = None
@@ -285,6 +287,8 @@ class LossFunction(abc.ABC):
         The loss itself where its minimum is 0 or near; else something that no constant
         added to the loss changes. Arguments and None as for `value_from_gradient`.
         """
+        if self.size_is_value:
+            return self.value_from_gradient(gradient, weights)
         return None
 
 

@@ -31,6 +31,8 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     tensor([[0.2500, 0.5000]])
     """
 
+    size_is_value = True
+
     def __init__(
         self,
         logits: Tensor,
@@ -108,10 +110,6 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         moved = outputs - z
         gap = functional.softplus(outputs) - functional.softplus(z) - self._p() * moved
         return (_times(weights, gap) + gradient * moved).sum()
-
-    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss."""
-        return self.value_from_gradient(gradient, weights)
 
     def gradient_scale(
         self, gradient: Tensor, value: Tensor | float | None = None

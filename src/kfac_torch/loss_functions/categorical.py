@@ -33,6 +33,8 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     tensor(1.6265)
     """
 
+    size_is_value = True
+
     def __init__(
         self,
         logits: Tensor,
@@ -148,10 +150,6 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         if weights is not None:
             gap = weights * gap
         return gap.sum() + (gradient * moved).sum()
-
-    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss."""
-        return self.value_from_gradient(gradient, weights)
 
     def _of_logits(self, gradient: Tensor, p: Tensor) -> Tensor:
         """The gradient at logits, where `z` are log-probabilities and the loss is −z_y."""

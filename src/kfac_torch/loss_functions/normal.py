@@ -31,6 +31,8 @@ class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     tensor([[2., 4.]])
     """
 
+    size_is_value = True
+
     def __init__(
         self,
         mean: Tensor,
@@ -85,10 +87,6 @@ class NormalMeanNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """Return `gᵀ(z' − z) + ‖z' − z‖²/(2 var)`."""
         moved = outputs - self._inputs.detach()
         return (gradient * moved + 0.5 / self._var * moved.square()).sum()
-
-    def size_from_gradient(self, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss, without the logarithm of `var`."""
-        return self.value_from_gradient(gradient)
 
     def gradient_scale(
         self, gradient: Tensor, value: Tensor | float | None = None
