@@ -184,6 +184,16 @@ class HealthLedger:
             "out after an overflow; what was gathered in it is forgotten",
         )
 
+    def reject_step(self, rho: float) -> None:
+        """Count a step that is taken back."""
+        self.rejected_steps += 1
+        self._event(
+            "rejected step",
+            "KFAC.step(): the loss after the step is not finite, or its reduction ratio "
+            f"{rho:.3g} too low; the step is taken back and damping raised (counted in "
+            "health())",
+        )
+
     def refreshed(self, factors: Iterable[Counted], kept: Mapping[Any, Exception]) -> None:
         """Tell of the last refresh of some factors, if it took a rescue or failed.
 
