@@ -412,58 +412,74 @@ class _ParamHook:
         if capture is None or param is None or capture.busy or torch.is_grad_enabled():
             return
         known = capture.param_grads.get(param)
-        capture.param_grads[param] = grad.detach() if known is None else known + grad
+        # A copy: it may become .grad itself, which clipping changes in place.
+        capture.param_grads[param] = (
+            grad.detach().clone() if known is None else known + grad
+        )
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
 
 
 class GradientProbe:
-    """What became of a gradient between its backward and the step: one small parameter's.
+    """What became of gradients between their backward and the step: of some parameters.
 
     Args:
-        param: the parameter.
+        params: the parameters; small ones, of which it is enough that one has a gradient.
 
     >>> weight = nn.Parameter(torch.ones(2))
-    >>> probe = GradientProbe(weight)
+    >>> probe = GradientProbe([weight])
     >>> (1024 * weight.sum()).backward()
     >>> weight.grad /= 2048  # a GradScaler and a norm that was clipped
     >>> probe.ratio()
     tensor(0.0005)
     """
 
-    def __init__(self, param: Tensor) -> None:
-        self._param = param
-        self._sum: Tensor | None = None
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._params = [p for p in params if p.requires_grad]
+        self._sums: dict[int, Tensor] = {}
         add = weakref.WeakMethod(self._add)
 
-        def hook(grad: Tensor) -> None:
-            method = add()
-            if method is not None and not torch.is_grad_enabled():
-                method(grad.detach())
+        def watcher(index: int) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor) -> None:
+                method = add()
+                if method is not None and not torch.is_grad_enabled():
+                    method(index, grad.detach())
 
-        self._handle = param.register_hook(hook)
+            return hook
 
-    def _add(self, grad: Tensor) -> None:
-        self._sum = grad.clone() if self._sum is None else self._sum + grad
+        self._handles = [p.register_hook(watcher(i)) for i, p in enumerate(self._params)]
+
+    def _add(self, index: int, grad: Tensor) -> None:
+        known = self._sums.get(index)
+        self._sums[index] = grad.clone() if known is None else known + grad
 
     def clear(self) -> None:
         """Forget what has come."""
-        self._sum = None
+        self._sums.clear()
 
     def ratio(self) -> Tensor | None:
         """Return the factor, 0-dim; None where no gradient has come."""
-        brought, kept = self._sum, self._param.grad
-        if brought is None or kept is None:
+        pairs = [
+            (brought, kept)
+            for index, brought in self._sums.items()
+            if (kept := self._params[index].grad) is not None
+        ]
+        if not pairs:
             return None
-        brought = brought.to(torch.promote_types(brought.dtype, torch.float32))
+        first = pairs[0][0]
+        like = first.new_empty((), dtype=torch.promote_types(first.dtype, torch.float32))
+        brought, kept = (
+            torch.cat([t.flatten().to(like) for t in ts]) for ts in zip(*pairs, strict=True)
+        )
         largest = brought.abs().max()
         unit = brought / largest  # whose square does not overflow
-        return (kept.to(unit) * unit).sum() / unit.square().sum() / largest
+        return (kept * unit).sum() / unit.square().sum() / largest
 
     def close(self) -> None:
-        """Remove the hook."""
-        self._handle.remove()
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
 
 
 RandomState: TypeAlias = "tuple[Tensor, Tensor | None]"

@@ -50,7 +50,7 @@ from .options import (
     resolve,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
-from .recording import Recorder
+from .recording import Recorder, watch_scale
 from .rejection import Before
 from .steps import StepRecord
 from .trials import Trial
@@ -245,8 +245,8 @@ class KFAC(NamedState):
             self.estimator.release()
             raise
         self._recorder = Recorder(self.estimator)
-        if self._updates.modelled or self._updates.rule:
-            self._recorder.watch_scale()
+        if self._updates.modelled or self._updates.rule or self.estimator.is_empirical:
+            watch_scale(self.estimator)
 
     def attach(self, writer: Callable[[StepRecord], Any], every: int = 1) -> None:
         """Call `writer` with the `StepRecord` of every so many steps; see `telemetry`.
