@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from kfac_torch import KFAC, KFACPreconditioner
-from kfac_torch.batch_loss import scale_of
-from kfac_torch.capture import GradientProbe
+from kfac_torch.gradient_probe import GradientProbe
 
 OPTIONS = {"lr": 0.1, "damping": 0.01, "estimation_mode": "empirical"}
 
@@ -210,7 +209,7 @@ def test_a_probe_of_which_one_is_dead_and_one_is_not_reached():
     (4096 * (alive.sum() + 0 * dead.sum())).backward()
     for p in (dead, alive):
         p.grad /= 4096
-    assert scale_of(probe.ratio()) == 4096
+    assert probe.scale() == 4096
     probe.clear()
     assert probe.ratio() is None
     probe.close()

@@ -24,8 +24,6 @@ from torch import Tensor
 from .forwards import Forward, LossPart
 from .loss_functions import LossFunction
 
-_MAX_CLIPPING = 2.0**-9  # a GradScaler multiplies by more
-
 
 class BatchLoss:
     """The losses of the forwards since the last step.
@@ -103,19 +101,3 @@ class BatchLoss:
         g = part.gradient.to(torch.promote_types(part.gradient.dtype, torch.float32))
         g = g * ((1.0 if self._sums else terms) / (part.coeff * self._factor))
         return g if self.scale is None else g / self.scale.to(g)
-
-
-def scale_of(ratio: Tensor) -> Tensor:
-    """Return `s` from the factor on a gradient since its backward, 0-dim.
-
-    A power of two is a `GradScaler`'s, which is 1 at least: a larger gradient than what was
-    brought has more in it, of before. Any other factor is a clipped norm, with a scaler at
-    work too where it is very small: then NaN, for the two cannot be told apart.
-
-    >>> scale_of(torch.tensor([1.0, 2.0**-16, 0.3, 1e-5, 2.0]))
-    tensor([1.0000e+00, 6.5536e+04, 1.0000e+00,        nan, 1.0000e+00])
-    """
-    power = ratio.log2()
-    exact = (power - power.round()).abs() < 1e-3
-    clipped = torch.where(ratio > _MAX_CLIPPING, 1.0, torch.nan)
-    return torch.where(exact, torch.exp2(-power.round()).clamp(min=1), clipped)

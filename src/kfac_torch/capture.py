@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .fused import ComputeByParts
+from .gradient_probe import GradientProbe
 from .steps import Clock
 
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
@@ -243,6 +244,10 @@ class Capture:
         if self.probe is not None:
             self.probe.close()
 
+    def gradient_scale(self) -> Tensor | None:
+        """Return `GradientProbe.scale`, where there is a probe."""
+        return None if self.probe is None else self.probe.scale()
+
     @contextmanager
     def own_gradients(self) -> Iterator[None]:
         """Take gradients that no capture is to think the user's.
@@ -419,67 +424,6 @@ class _ParamHook:
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
-
-
-class GradientProbe:
-    """What became of gradients between their backward and the step: of some parameters.
-
-    Args:
-        params: the parameters; small ones, of which it is enough that one has a gradient.
-
-    >>> weight = nn.Parameter(torch.ones(2))
-    >>> probe = GradientProbe([weight])
-    >>> (1024 * weight.sum()).backward()
-    >>> weight.grad /= 2048  # a GradScaler and a norm that was clipped
-    >>> probe.ratio()
-    tensor(0.0005)
-    """
-
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self._params = [p for p in params if p.requires_grad]
-        self._sums: dict[int, Tensor] = {}
-        add = weakref.WeakMethod(self._add)
-
-        def watcher(index: int) -> Callable[[Tensor], None]:
-            def hook(grad: Tensor) -> None:
-                method = add()
-                if method is not None and not torch.is_grad_enabled():
-                    method(index, grad.detach())
-
-            return hook
-
-        self._handles = [p.register_hook(watcher(i)) for i, p in enumerate(self._params)]
-
-    def _add(self, index: int, grad: Tensor) -> None:
-        known = self._sums.get(index)
-        self._sums[index] = grad.clone() if known is None else known + grad
-
-    def clear(self) -> None:
-        """Forget what has come."""
-        self._sums.clear()
-
-    def ratio(self) -> Tensor | None:
-        """Return the factor, 0-dim; None where no gradient has come."""
-        pairs = [
-            (brought, kept)
-            for index, brought in self._sums.items()
-            if (kept := self._params[index].grad) is not None
-        ]
-        if not pairs:
-            return None
-        first = pairs[0][0]
-        like = first.new_empty((), dtype=torch.promote_types(first.dtype, torch.float32))
-        brought, kept = (
-            torch.cat([t.flatten().to(like) for t in ts]) for ts in zip(*pairs, strict=True)
-        )
-        largest = brought.abs().max()
-        unit = brought / largest  # whose square does not overflow
-        return (kept * unit).sum() / unit.square().sum() / largest
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
 
 RandomState: TypeAlias = "tuple[Tensor, Tensor | None]"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_loss import BatchLoss, scale_of
+from .batch_loss import BatchLoss
 from .block_products import BlockProducts
 from .capture import Capture, LayerCall
 from .damping import DampingFunc, check_damping
@@ -206,14 +206,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             sums=self.sums_gradients,
             factor=self.num_terms if undeclared else self._gradient_factor,
             means_each=self._averages_each,
-            scale=self._user_scale(),
+            scale=self._capture.gradient_scale(),
         )
-
-    def _user_scale(self) -> Tensor | None:
-        """A `GradScaler`'s factor, 0-dim, NaN where not known; None where nothing shows."""
-        probe = self._capture.probe
-        ratio = None if probe is None else probe.ratio()
-        return None if ratio is None else scale_of(ratio)
 
     @property
     def is_empirical(self) -> bool:
@@ -349,7 +343,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         ):
             g = part.gradient
             if g is not None and self._mode == "empirical":
-                g = unscaled(g, self._user_scale()).to(g.dtype)
+                g = unscaled(g, self._capture.gradient_scale()).to(g.dtype)
             if g is not None and g.isfinite().all() and g.any():
                 self.loss_checked = True
                 terms = sum(f.parts[index].terms for f in self._forwards.arrived)
@@ -449,7 +443,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         if self._mode != "empirical" or not self._forwards.arrived:
             return
         self.check_loss()
-        self._scale = self._user_scale()
+        self._scale = self._capture.gradient_scale()
         for moments in empirical_moments(
             self._forwards.take_arrived(),
             self.blocks,

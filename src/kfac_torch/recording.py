@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .capture import GradientProbe
 from .estimator import FisherEstimator
 from .fisher_blocks import KroneckerProductFB
+from .gradient_probe import GradientProbe
 from .options import check_count
 from .steps import StepRecord
 
