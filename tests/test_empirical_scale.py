@@ -162,8 +162,9 @@ def test_where_the_scale_is_not_known_the_statistics_are_left_out_and_stay_due()
     assert optimizer.health().unknown_scales == 0
     before = [cov.clone() for cov in covs(optimizer)]
     weights = [p.detach().clone() for p in model.parameters()]
-    with pytest.warns(RuntimeWarning, match="use norm_constraint= in place of clipping"):
+    with pytest.warns(RuntimeWarning, match="norm_constraint= in place of cl") as caught:
         clipped(model, optimizer, *data[2], 0.3)
+    assert caught[0].filename == __file__  # the caller's own line
     clipped(model, optimizer, *data[2], 0.3)  # without a second warning
     assert optimizer.health().unknown_scales == 2
     assert "2 statistics left out, of unknown scale" in str(optimizer.health())
