@@ -47,8 +47,8 @@ def tensors() -> tuple[int, int]:
     return len(alive), sum(storage.nbytes() for storage in storages.values())
 
 
-def train(method: str, steps: int, every: int) -> Iterator[tuple[int, int, int, int]]:
-    """Train; return rows of step, resident bytes, tensors, and their bytes."""
+def train(method: str, steps: int, every: int) -> Iterator[tuple[int, float, int, float]]:
+    """Train; return rows of step, resident MiB, tensors, and their KiB."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
@@ -62,7 +62,8 @@ def train(method: str, steps: int, every: int) -> Iterator[tuple[int, int, int, 
         loss.backward()
         optimizer.step()
         if step % every == 0:
-            yield (step, resident(), *tensors())
+            rss, (number, size) = resident(), tensors()
+            yield step, round(rss / 2**20, 2), number, round(size / 2**10, 1)
 
 
 def main() -> None:
@@ -84,14 +85,13 @@ def main() -> None:
     for method in METHODS:
         command = [sys.executable, __file__, "--method", method]
         command += ["--steps", str(args.steps), "--every", str(args.every)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        curves[method] = [json.loads(line) for line in out.splitlines()]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        curves[method] = [json.loads(line) for line in run.stdout.splitlines()]
         for step, rss, number, size in curves[method]:
-            print(
-                f"{method:10} {step:6} {rss / 2**20:13.2f} {number:8} {size / 2**10:8.1f}",
-                flush=True,
-            )
-    columns = ["step", "resident bytes", "tensors", "their bytes"]
+            print(f"{method:10} {step:6} {rss:13.2f} {number:8} {size:8.1f}", flush=True)
+        if run.returncode:
+            print(f"{method:10} failed")
+    columns = ["step", "resident MiB", "tensors", "their KiB"]
     write_json(args.out, {"machine": machine(), "columns": columns, "curves": curves})
 
 
