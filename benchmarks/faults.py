@@ -7,20 +7,27 @@ overflows under a `GradScaler`, exceptions in forward, backward and closure. Aft
 one it is checked that each parameter, velocity, factor and inverse is finite, and, where
 the step had to be left out, that all but the inverses (a refresh may have been due) are
 what they were, bit for bit. The end loss is compared with that of a run of the same good
-batches, and as many steps, alone.
+batches, and as many steps, alone. Sixty of the faults are `kill -9` at a random moment to a
+process that saves checkpoints in a loop: the file there has to load, and to be the last
+that was saved or the one after it, whole.
 
     python benchmarks/faults.py [--faults 1000] [--seeds 3]
 """
 
 import argparse
 import logging
+import os
 import platform
 import random
+import signal
 import statistics
+import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -28,8 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfac_torch import KFAC
+from kfac_torch.checkpoint import load_checkpoint, save_checkpoint
 
 GOOD_STEPS = 80
+KILLS = 60
+LONGEST = 0.05  # seconds until a process is killed: a few saves
 
 
 class ConvNet(nn.Sequential):
@@ -358,6 +368,75 @@ def train(
     return run
 
 
+# Processes that are killed while they save.
+
+
+def stamp(run: Run, number: int) -> None:
+    """Write a number into parameters and velocities, by which a whole state is known."""
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.fill_(number)
+            for value in run.optimizer.state[p].values():
+                value.fill_(number)
+
+
+def save_for_ever(run: Run, path: Path, number: int, told: int) -> None:
+    """Save states with rising numbers, and tell of each that is saved."""
+    while True:
+        stamp(run, number)
+        save_checkpoint(path, run.model, run.optimizer, number=number)
+        os.write(told, number.to_bytes(4))
+        number += 1
+
+
+def check_file(run: Run, path: Path, last: int) -> int:
+    """Load the file; it has to be the state of this number or the next. Return which."""
+    number = load_checkpoint(path, run.model, run.optimizer)["number"]
+    assert number in (last, last + 1), f"expected the state {last} or the next: {number}"
+    loaded = [p.detach() for p in run.model.parameters()]
+    loaded += [v for state in run.optimizer.state.values() for v in state.values()]
+    assert all((tensor == number).all() for tensor in loaded), "mixed"
+    run.check()
+    return number
+
+
+def kill_while_saving(times: int, seed: int) -> tuple[Counter, int]:
+    """Return the finds, and how many kills were in the middle of a file."""
+    found, halves = Counter(), 0
+    run = Run(ConvNet, CLASSIC, seed)
+    for _ in range(5):
+        run.good_step()
+    run.optimizer.zero_grad()
+    with tempfile.TemporaryDirectory() as folder:
+        path, number = Path(folder) / "run.pt", 0
+        stamp(run, number)
+        save_checkpoint(path, run.model, run.optimizer, number=number)
+        for _ in range(times):
+            listen, told = os.pipe()
+            child = os.fork()
+            if not child:
+                try:
+                    save_for_ever(run, path, number + 1, told)
+                finally:
+                    os._exit(1)
+            os.close(told)
+            time.sleep(LONGEST * run.random.random())
+            os.kill(child, signal.SIGKILL)
+            ended = os.WTERMSIG(os.waitpid(child, 0)[1])
+            with os.fdopen(listen, "rb") as numbers:
+                saved = numbers.read()
+            halves += len(list(Path(folder).iterdir())) > 1
+            last = int.from_bytes(saved[-4:]) if saved else number
+            try:
+                assert ended == signal.SIGKILL, "it could not save"
+                number = check_file(run, path, last)
+            except Exception:  # a file that cannot be read, too
+                found["kill_while_saving"] += 1
+                number = last
+    run.optimizer.close()
+    return found, halves
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--faults", type=int, default=1000)
@@ -367,7 +446,8 @@ def main() -> None:
     logging.getLogger("kfac_torch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     number = args.seeds * len(TASKS) * len(MODES)
-    pool = [KINDS[i % len(KINDS)] for i in range(args.faults)]
+    kills = min(KILLS, args.faults)
+    pool = [KINDS[i % len(KINDS)] for i in range(args.faults - kills)]
     random.Random(0).shuffle(pool)
     shares = [pool[i::number] for i in range(number)]
     injected, left_out, raised, found = Counter(pool), Counter(), Counter(), Counter()
@@ -399,10 +479,14 @@ def main() -> None:
                 f"{statistics.median(without):9.4f} "
                 f"{min(without):8.4f}-{max(without):.4f}"
             )
-    print(f"\n{'fault':16} {'injected':>8} {'no step':>8} {'finds':>8}")
-    for kind in KINDS:
-        print(f"{kind:16} {injected[kind]:8} {left_out[kind]:8} {found[kind]:8}")
-    print(f"\nfactorisations: {dict(health)}; raised to the caller: {dict(raised)}")
+    of_files, halves = kill_while_saving(kills, 0)
+    found.update(of_files)
+    injected["kill_while_saving"] = kills
+    print(f"\n{'fault':18} {'injected':>8} {'no step':>8} {'finds':>8}")
+    for kind in (*KINDS, "kill_while_saving"):
+        print(f"{kind:18} {injected[kind]:8} {left_out[kind]:8} {found[kind]:8}")
+    print(f"\nkilled in the middle of a file: {halves} of {kills}")
+    print(f"factorisations: {dict(health)}; raised to the caller: {dict(raised)}")
 
 
 if __name__ == "__main__":

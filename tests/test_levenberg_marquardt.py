@@ -64,6 +64,8 @@ def test_a_ratio_to_nothing_counts_as_bad():
         ({"thresholds": (0.8, 0.2)}, "thresholds: expected two numbers in ascending"),
         ({"min_damping": 0.0}, "min_damping: expected a positive number <= max_damping"),
         ({"min_damping": 2.0, "max_damping": 1.0}, "min_damping: expected"),
+        ({"reject_below": 0.3}, "reject_below: expected None or a number <= 0.25, below"),
+        ({"reject_below": math.nan}, "reject_below: expected None or a number"),
         ({"l2_reg": -1.0}, "l2_reg: expected a finite number >= 0"),
     ],
 )

@@ -118,6 +118,20 @@ OPTIONS = {
     },
     "a schedule": {"lr": 0.1, "damping": lambda step: 0.1 / (1 + step)},
     "adaptive": ADAPTIVE,
+    # With steps on either side: the test sees to that.
+    "taken back": {
+        "lr": 2.0,
+        "norm_constraint": None,
+        "approx": {"1": "adamw"},
+        "damping": LevenbergMarquardt(initial=1e-3, decay=0.5, reject_below=0.25),
+    },
+    "taken back, modelled": {
+        "momentum_type": QModel(batch_fraction=0.5),
+        "norm_constraint": None,
+        "damping": RelativeDamping(
+            LevenbergMarquardt(initial=1e-3, decay=0.5, interval=1, reject_below=0.25)
+        ),
+    },
     "curvature_prop": {**CLASSIC, "estimation_mode": "curvature_prop"},
     "exact": {**CLASSIC, "estimation_mode": "exact"},
     "empirical": {**CLASSIC, "estimation_mode": "empirical"},
@@ -200,6 +214,7 @@ def check_resumed(net, inputs, options, steps, ahead):
         assert not differing(again, records[stop:end]), f"interrupted after {stop} steps"
         assert not differing(loaded(saved(twin, resumed)), loaded(states[end]))
         resumed.close()
+    return [record for record, _ in records]
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +231,9 @@ def test_a_run_of_thirty_steps_interrupted_anywhere(name, ahead):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_step(name):
-    check_resumed(dropout, plain, OPTIONS[name], 10, 4)
+    records = check_resumed(dropout, plain, OPTIONS[name], 10, 4)
+    rejected = {"rejected=True" in record for record in records}
+    assert rejected == ({False, True} if name.startswith("taken back") else {False})
 
 
 @pytest.mark.parametrize(("kind", "approx"), APPROXIMATED)

@@ -22,6 +22,7 @@ from kfac_torch.telemetry import (
     numbers,
     read_run,
 )
+from kfac_torch.view import summary
 
 
 def net():
@@ -51,6 +52,13 @@ def train(model, optimizer, data):
 
 
 # Records.
+
+
+def test_a_step_that_is_taken_back_is_one_on_the_page():
+    records = [numbers(StepRecord(n, 0.1, 0.9, 0.1, rejected=n > 0)) for n in range(3)]
+    assert [record["rejected"] for record in records] == [0, 1, 1]
+    assert ("steps taken back", "2") in summary(records)
+    assert "steps taken back" not in dict(summary(records[:1]))
 
 
 @pytest.mark.usefixtures("float64")
@@ -236,6 +244,7 @@ EXPECTED = {
     "step_norm": math.nan,
     "inverse_age": 3,
     "skipped_steps": 0,
+    "rejected": 0,
     "seconds.step": 0.125,
     "pi.a.b": 4.0,
 }

@@ -9,7 +9,7 @@ change needs a closure: `change_from_gradient` of a loss function.
 
 `h = coeff g/N` for a mean over terms. Of several micro-batches the gradients add up to
 that of the mean over all, but where the first step has shown that they are means each.
-`s` is the power of two by which a probe parameter's gradient was divided between its
+`s` is the power of two by which gradients of a few parameters were divided between their
 backward and the step; another factor is a clipped norm, which the loss does not see.
 Left out: terms of the user's loss besides the declared ones.
 """
@@ -24,8 +24,6 @@ from torch import Tensor
 
 from .forwards import Forward, LossPart
 from .loss_functions import LossFunction
-
-_MAX_CLIPPING = 2.0**-9  # a GradScaler multiplies by more
 
 
 class BatchLoss:
@@ -111,18 +109,3 @@ class BatchLoss:
         g = part.gradient.to(torch.promote_types(part.gradient.dtype, torch.float32))
         g = g * ((1.0 if self._sums else terms) / (part.coeff * self._factor))
         return g if self.scale is None else g / self.scale.to(g)
-
-
-def scale_of(ratio: Tensor) -> Tensor:
-    """Return `s` from the factor on a gradient since its backward, 0-dim.
-
-    A power of two is a `GradScaler`'s; any other is a clipped norm, with a scaler at work
-    too where it is very small: then NaN, for the two cannot be told apart.
-
-    >>> scale_of(torch.tensor([1.0, 2.0**-16, 0.3, 1e-5]))
-    tensor([1.0000e+00, 6.5536e+04, 1.0000e+00,        nan])
-    """
-    power = ratio.log2()
-    exact = (power - power.round()).abs() < 1e-3
-    clipped = torch.where(ratio > _MAX_CLIPPING, 1.0, torch.nan)
-    return torch.where(exact, torch.exp2(-power.round()), clipped)

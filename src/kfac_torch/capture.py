@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .fused import ComputeByParts
+from .gradient_probe import GradientProbe
 from .steps import Clock
 
 Reader: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]"
@@ -244,6 +245,10 @@ class Capture:
         if self.probe is not None:
             self.probe.close()
 
+    def gradient_scale(self) -> Tensor | None:
+        """Return `GradientProbe.scale`, where there is a probe."""
+        return None if self.probe is None else self.probe.scale()
+
     @contextmanager
     def own_gradients(self) -> Iterator[None]:
         """Take gradients that no capture is to think the user's.
@@ -434,58 +439,13 @@ class _ParamHook:
         if capture is None or param is None or capture.busy or torch.is_grad_enabled():
             return
         known = capture.param_grads.get(param)
-        capture.param_grads[param] = grad.detach() if known is None else known + grad
+        # A copy: it may become .grad itself, which clipping changes in place.
+        capture.param_grads[param] = (
+            grad.detach().clone() if known is None else known + grad
+        )
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
-
-
-class GradientProbe:
-    """What became of a gradient between its backward and the step: one small parameter's.
-
-    Args:
-        param: the parameter.
-
-    >>> weight = nn.Parameter(torch.ones(2))
-    >>> probe = GradientProbe(weight)
-    >>> (1024 * weight.sum()).backward()
-    >>> weight.grad /= 2048  # a GradScaler and a norm that was clipped
-    >>> probe.ratio()
-    tensor(0.0005)
-    """
-
-    def __init__(self, param: Tensor) -> None:
-        self._param = param
-        self._sum: Tensor | None = None
-        add = weakref.WeakMethod(self._add)
-
-        def hook(grad: Tensor) -> None:
-            method = add()
-            if method is not None and not torch.is_grad_enabled():
-                method(grad.detach())
-
-        self._handle = param.register_hook(hook)
-
-    def _add(self, grad: Tensor) -> None:
-        self._sum = grad.clone() if self._sum is None else self._sum + grad
-
-    def clear(self) -> None:
-        """Forget what has come."""
-        self._sum = None
-
-    def ratio(self) -> Tensor | None:
-        """Return the factor, 0-dim; None where no gradient has come."""
-        brought, kept = self._sum, self._param.grad
-        if brought is None or kept is None:
-            return None
-        brought = brought.to(torch.promote_types(brought.dtype, torch.float32))
-        largest = brought.abs().max()
-        unit = brought / largest  # whose square does not overflow
-        return (kept.to(unit) * unit).sum() / unit.square().sum() / largest
-
-    def close(self) -> None:
-        """Remove the hook."""
-        self._handle.remove()
 
 
 RandomState: TypeAlias = "tuple[Tensor, Tensor | None]"

@@ -179,6 +179,11 @@ class LevenbergMarquardt:
             than ℓ): a step is then judged by the damped model that it minimises.
         calibrate: at the first step, adapt λ on its batch until it settles, and only
             then take the step.
+        reject_below: judge every step, and take back one with a `ρ` below this number,
+            at most the first threshold, or a loss that is not finite: parameters and what
+            steps remember are then bit for bit what they were, and λ rises. The second
+            one in a row forgets velocities as well. None takes no step back. Costs an
+            evaluation of the loss and a copy of the parameters in every step.
 
     Raises:
         ValueError: a value out of range.
@@ -197,6 +202,7 @@ class LevenbergMarquardt:
     l2_reg: float = 0.0
     include_damping: bool = False
     calibrate: bool = False
+    reject_below: float | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.initial, "LevenbergMarquardt: initial")
@@ -216,12 +222,38 @@ class LevenbergMarquardt:
                 0 < self.min_damping <= self.max_damping,
                 "a positive number <= max_damping",
             ),
+            (
+                "reject_below",
+                self.reject_below is None or self.reject_below <= low,
+                f"None or a number <= {low}, below which λ rises",
+            ),
         ):
             if not good:
                 raise ValueError(
                     f"LevenbergMarquardt: {name}: expected {expected}, got "
                     f"{getattr(self, name)!r}"
                 )
+
+    def judges(self, step: int) -> bool:
+        """Return whether the change of the loss in a step, counted from 1, is wanted."""
+        return self.reject_below is not None or self.adapts(step)
+
+    def adapts(self, step: int) -> bool:
+        """Return whether an adaptation follows a step, counted from 1."""
+        return step % self.interval == 0
+
+    def rejects(self, rho: float, finite: bool) -> bool:
+        """Return whether a step is to be taken back.
+
+        Args:
+            rho: its `ρ`; a NaN tells nothing.
+            finite: whether the loss after it is.
+
+        >>> rule = LevenbergMarquardt(initial=1.0, reject_below=0.0)
+        >>> [rule.rejects(rho, True) for rho in (-0.1, 0.1, math.nan)]
+        [True, False, False]
+        """
+        return self.reject_below is not None and (not finite or rho < self.reject_below)
 
     def ratio(self, actual: float, predicted: float) -> float:
         """Return `ρ` of the loss's change and the predicted one.

@@ -30,15 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_loss import BatchLoss, scale_of
+from .batch_loss import BatchLoss
 from .block_products import BlockProducts
 from .capture import Capture, LayerCall
 from .damping import DampingFunc, check_damping
+from .empirical import empirical_moments
 from .fisher_blocks import FisherBlock, Moment
 from .fisher_factors import refresh_inverses
 from .fisher_factors.base import check_choice
 from .forwards import Forward, Forwards, LossPart, without_nan
-from .health import Health, HealthLedger
+from .health import SCALE, Health, HealthLedger
 from .layer_collection import LayerCollection
 from .loss_check import describe_mismatch
 from .loss_functions import LossFunction
@@ -48,7 +49,7 @@ from .sources import (
     BatchMoments,
     block_layer,
     column_chunks,
-    fill_missing,
+    unscaled,
     with_random_signs,
 )
 from .update_thunks import UpdateThunks
@@ -182,6 +183,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self._replays.end()
         self._pending: dict[str, list[Moment | None]] = {}
         self._finite: Tensor | None = None
+        self._scale: Tensor | None = None
         self._forwards = Forwards(
             self.layers, self._gather, self.layers.use_watch, self._capture
         )
@@ -201,16 +203,19 @@ class FisherEstimator(BlockProducts, UpdateThunks):
 
     def batch_loss(self) -> BatchLoss:
         """Return the loss of the forwards whose backward has run since `reset`."""
-        probe = self._capture.probe
-        ratio = None if probe is None else probe.ratio()
         undeclared = self._summed and not self.sums_gradients
         return BatchLoss(
             self._forwards.arrived,
             sums=self.sums_gradients,
             factor=self.num_terms if undeclared else self._gradient_factor,
             means_each=self._averages_each,
-            scale=None if ratio is None else scale_of(ratio),
+            scale=self._capture.gradient_scale(),
         )
+
+    @property
+    def is_empirical(self) -> bool:
+        """Whether the user's own gradients make the statistics."""
+        return self._mode == "empirical"
 
     @property
     def sums_gradients(self) -> bool:
@@ -344,6 +349,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             pair for forward in self._forwards.arrived for pair in enumerate(forward.parts)
         ):
             g = part.gradient
+            if g is not None and self._mode == "empirical":
+                g = unscaled(g, self._capture.gradient_scale()).to(g.dtype)
             if g is not None and g.isfinite().all() and g.any():
                 self.loss_checked = True
                 terms = sum(f.parts[index].terms for f in self._forwards.arrived)
@@ -401,7 +408,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
 
         Returns:
             Where there is a NaN or an Inf: layers, `"the network output"` or `"the
-            gradient"`. If there is one, every factor keeps its last good value.
+            gradient"`. If there is one, every factor keeps its last good value; also where
+            the scale of the user's gradients is not known, which is no fault of theirs.
         """
         try:
             self._take_rest()
@@ -415,12 +423,19 @@ class FisherEstimator(BlockProducts, UpdateThunks):
                 flags["the network output"] = self._finite
             if gradient_is_finite is not None:
                 flags["the gradient"] = gradient_is_finite
+            if self._scale is not None:
+                flags[SCALE] = ~self._scale.isnan()
             if not flags:
                 return []
             device = next(iter(flags.values())).device
             # The one host read of an update.
             good = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
             bad = [name for name, fine in zip(flags, good, strict=True) if not fine]
+            if SCALE in bad and "the gradient" not in bad:
+                self.ledger.leave_out_statistics(stacklevel=6)
+                known = any(block.has_statistics for block in self.blocks.values())
+                return [] if known else [SCALE]
+            bad = [name for name in bad if name != SCALE]
             for block, index, moment in self._gathered():
                 if bad:
                     block.factors[index].reject()
@@ -442,29 +457,17 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         if self._mode != "empirical" or not self._forwards.arrived:
             return
         self.check_loss()
-        arrived = self._forwards.take_arrived()
-        N = sum(forward.num_terms for forward in arrived)
-        for forward in arrived:
-            terms = N if self._averages_all else forward.num_terms
-            scale = (1 if self._summed else terms) / self._gradient_factor
-            scale *= forward.gradient_share
-            batch = BatchMoments(
-                forward.calls, self.blocks, forward.num_terms, forward.has_idle_terms
-            )
-            batch.add_user_grads(scale)
-            self._add_moments(batch.moments())
-        # A generic block squares the gradient of all micro-batches together, maybe each a
-        # mean over its own loss terms.
-        terms = N if self._averages_all else N / len(arrived)
-        scale = (1 if self._summed else terms) / self._gradient_factor
-        scale *= arrived[0].gradient_share
-        for block in self.blocks.values():
-            found = [self._capture.param_grads.get(param) for param in block.params]
-            if block.needs_param_grads and any(grad is not None for grad in found):
-                grads = [None if grad is None else scale * grad[None] for grad in found]
-                covs = block.grad_moments([], fill_missing(grads, block.params), N)
-                rows = block.num_rows([], N)
-                self._add_moments({block.name: [Moment(cov, rows, N) for cov in covs]})
+        self._scale = self._capture.gradient_scale()
+        for moments in empirical_moments(
+            self._forwards.take_arrived(),
+            self.blocks,
+            self._capture.param_grads,
+            sums=self._summed,
+            averages_all=self._averages_all,
+            factor=self._gradient_factor,
+            scale=self._scale,
+        ):
+            self._add_moments(moments)
         self._capture.param_grads.clear()
 
     def has_new_layers(self) -> bool:

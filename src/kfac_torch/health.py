@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from .linalg import Rescue
 
+SCALE = "the scale of the user's gradients"
 _LEFT_OUT = (
     "KFAC.step(): NaN, Inf or overflow in {}; the step is left out: parameters, velocities "
     "and factors keep their last good values (counted in skipped_steps and health())"
@@ -97,6 +98,8 @@ class Health:
         forgotten_steps: backwards whose step never came, as where a `GradScaler` leaves
             one out after an overflow: what was gathered was forgotten by `zero_grad`.
         rejected_steps: steps that were taken back.
+        unknown_scales: statistics of the empirical mode that were left out, since it was
+            not known what a `GradScaler` had multiplied their gradients by.
         factors: by factor, the counts of those that had any.
 
     >>> print(Health(bad_gradients=2, factors={"fc.input": FactorHealth(kept=1)}))
@@ -108,6 +111,7 @@ class Health:
     bad_statistics: int = 0
     forgotten_steps: int = 0
     rejected_steps: int = 0
+    unknown_scales: int = 0
     factors: Mapping[str, FactorHealth] = field(default_factory=dict)
 
     @property
@@ -121,6 +125,8 @@ class Health:
             f"{self.bad_statistics} for their statistics; "
             f"{self.forgotten_steps} forgotten, {self.rejected_steps} taken back"
         ]
+        if self.unknown_scales:
+            lines.append(f"{self.unknown_scales} statistics left out, of unknown scale")
         for name, counts in self.factors.items():
             told = {key: value for key, value in counts.counts().items() if value}
             lines.append(f"{name}: " + ", ".join(f"{k} {v:.3g}" for k, v in told.items()))
@@ -141,6 +147,7 @@ class HealthLedger:
         self.bad_statistics = 0
         self.forgotten_steps = 0
         self.rejected_steps = 0
+        self.unknown_scales = 0
         self._told: set[str] = set()
 
     def health(self, factors: Mapping[str, FactorHealth]) -> Health:
@@ -150,6 +157,7 @@ class HealthLedger:
             self.bad_statistics,
             self.forgotten_steps,
             self.rejected_steps,
+            self.unknown_scales,
             {name: replace(c) for name, c in factors.items() if not c.is_clean},
         )
 
@@ -175,6 +183,19 @@ class HealthLedger:
             stacklevel + 1,
         )
 
+    def leave_out_statistics(self, stacklevel: int = 2) -> None:
+        """Count statistics that are left out because their scale is not known."""
+        self.unknown_scales += 1
+        self._event(
+            "unknown scale",
+            "KFAC.step(): a GradScaler and a clipped norm have both changed the gradients "
+            "since their backward, and cannot be told apart: the statistics of the "
+            "empirical mode are left out and the factors kept (counted in health()). "
+            "Expected one of the two: use norm_constraint= in place of clipping, "
+            'bfloat16 without a scaler, or another mode, estimation_mode="gradients"',
+            stacklevel + 1,
+        )
+
     def forget_step(self) -> None:
         """Count a backward whose step never came."""
         self.forgotten_steps += 1
@@ -182,6 +203,16 @@ class HealthLedger:
             "forgotten step",
             "KFAC.zero_grad(): a backward had no step, as where a GradScaler leaves one "
             "out after an overflow; what was gathered in it is forgotten",
+        )
+
+    def reject_step(self, rho: float) -> None:
+        """Count a step that is taken back."""
+        self.rejected_steps += 1
+        self._event(
+            "rejected step",
+            "KFAC.step(): the loss after the step is not finite, or its reduction ratio "
+            f"{rho:.3g} too low; the step is taken back and damping raised (counted in "
+            "health())",
         )
 
     def refreshed(self, factors: Iterable[Counted], kept: Mapping[Any, Exception]) -> None:

@@ -51,7 +51,8 @@ from .options import (
     resolve,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
-from .recording import Recorder
+from .recording import Recorder, watch_scale
+from .rejection import Before
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
@@ -245,8 +246,8 @@ class KFAC(NamedState):
             self.estimator.release()
             raise
         self._recorder = Recorder(self.estimator)
-        if self._updates.modelled or self._updates.rule:
-            self._recorder.watch_scale()
+        if self._updates.modelled or self._updates.rule or self.estimator.is_empirical:
+            watch_scale(self.estimator)
 
     def attach(self, writer: Callable[[StepRecord], Any], every: int = 1) -> None:
         """Call `writer` with the `StepRecord` of every so many steps; see `telemetry`.
@@ -406,14 +407,22 @@ class KFAC(NamedState):
 
     def _adapt(self, trial: Trial) -> None:
         """Adapt λ where due, by the loss at the parameters that the step has led to."""
-        rule, record = self._updates.rule, self.last_step
-        if rule is None or record is None or self._schedule.num_steps % rule.interval:
+        rule, record, steps = self._updates.rule, self.last_step, self._schedule.num_steps
+        if rule is None or record is None or not rule.judges(steps):
             return
         if trial.step is None or not trial.can_judge:
             return
-        new_loss, rho = trial.judge(trial.step, rule)
-        self.last_step = replace(record, new_loss=new_loss, rho=rho)
-        if rho is not None:
+        found = trial.judge(trial.step, rule)
+        rho = found.rho
+        self.last_step = replace(record, new_loss=found.new_loss, rho=rho)
+        if rho is None:
+            return
+        if trial.before is not None and rule.rejects(rho, found.finite):
+            trial.before.restore()
+            self.last_step = replace(self.last_step, rejected=True)
+            self.estimator.ledger.reject_step(rho)
+            self._set_damping(rule.update(record.damping, -1.0))
+        elif rule.adapts(steps):
             self._set_damping(rule.update(record.damping, rho))
 
     def _set_damping(self, damping: float) -> None:
@@ -466,7 +475,10 @@ class KFAC(NamedState):
         if rule and rule.calibrate and not self._calibrated:
             self._calibrate(rule, params, grads, trial)
         self._update_inverses()
-        due = rule is not None and (self._schedule.num_steps + 1) % rule.interval == 0
+        due = rule is not None and rule.judges(self._schedule.num_steps + 1)
+        if rule and rule.reject_below is not None:
+            again = self.last_step is not None and self.last_step.rejected
+            trial.before = Before(params, self.state, again)
         step = self._updates.propose(params, grads, due, trial)
         self._announce_others(params)
         if not step.finite:
@@ -507,7 +519,7 @@ class KFAC(NamedState):
                 return
             try:
                 torch._foreach_add_(step.params, step.deltas)
-                _, rho = trial.judge(step, rule)
+                rho = trial.judge(step, rule).rho
             finally:
                 torch._foreach_copy_(params, before)
             if rho is None:

@@ -38,6 +38,7 @@ from .preconditioning import (
     precondition,
     ready_blocks,
 )
+from .recording import watch_scale
 
 _STATE_VERSION = 1
 _LEFT_OUT = (
@@ -144,6 +145,8 @@ class KFACPreconditioner:
                 layers,
                 estimation_mode=estimation_mode,
             )
+        if self.estimator.is_empirical:
+            watch_scale(self.estimator)
         self._schedule = Schedule(
             self.estimator, cov_update_every=cov_update_every, invert_every=invert_every
         )
@@ -211,6 +214,8 @@ class KFACPreconditioner:
         if bad:
             self.estimator.ledger.skip_step(bad, stacklevel=4, words=_LEFT_OUT)
         self._schedule.advance(not bad)
+        if self.estimator.capture.probe is not None:
+            self.estimator.capture.probe.clear()
         return not bad
 
     def _precondition(

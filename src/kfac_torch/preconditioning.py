@@ -95,8 +95,10 @@ class Schedule:
         finite = torch.stack(flags).all() if flags else None
         with estimator.capture.clock.phase("statistics"):
             decay = 1.0 if self.burning else None
+            before = estimator.ledger.unknown_scales
             bad = estimator.update_covariances(finite, decay=decay)
-        if not bad:
+        self._collected = estimator.ledger.unknown_scales == before  # else they stay due
+        if not bad and self._collected:
             self.last_update = self.num_steps
         return bad
 

@@ -13,13 +13,24 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .capture import GradientProbe
 from .estimator import FisherEstimator
 from .fisher_blocks import KroneckerProductFB
+from .gradient_probe import GradientProbe
 from .options import check_count
 from .steps import StepRecord
 
 Writer: TypeAlias = "Callable[[StepRecord], Any]"
+
+
+_PROBED = 4  # parameters: a layer may be out of use, or dead
+
+
+def watch_scale(estimator: FisherEstimator) -> None:
+    """See what becomes of gradients between backward and step: a `GradScaler`."""
+    if estimator.capture.probe is None:
+        params = {p for block in estimator.blocks.values() for p in block.params}
+        ordered = [p for p in estimator.layers.registered_variables if p in params]
+        estimator.capture.probe = GradientProbe(sorted(ordered, key=torch.numel)[:_PROBED])
 
 
 class Recorder:
@@ -42,15 +53,7 @@ class Recorder:
         check_count("KFAC.attach(): every", every, 1)
         self._writers.append((writer, every))
         self._estimator.capture.keep_losses = True
-        self.watch_scale()
-
-    def watch_scale(self) -> None:
-        """See what becomes of gradients between backward and step: a `GradScaler`."""
-        capture = self._estimator.capture
-        if capture.probe is None:
-            blocks = self._estimator.blocks.values()
-            params = [p for block in blocks for p in block.params]
-            capture.probe = GradientProbe(min(params, key=torch.numel))
+        watch_scale(self._estimator)
 
     def is_due(self, step: int) -> bool:
         """Whether the record of a step is going to be written."""

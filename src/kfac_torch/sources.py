@@ -105,11 +105,13 @@ class BatchMoments:
         found = dict(zip(which, grads, strict=True))
         return [found.get(i) for i in range(len(self._calls))]
 
-    def add_user_grads(self, scale: float) -> None:
-        """Add what the user's backward brought to the layer outputs, times `scale`."""
+    def add_user_grads(self, weight: float, scale: Tensor | None = None) -> None:
+        """Add what the user's backward brought to the layer outputs, times weight/scale."""
         self._add_calls(
             [
-                scale * torch.stack(call.grads).sum(0, keepdim=True) if call.grads else None
+                weight * unscaled(torch.stack(call.grads).sum(0, keepdim=True), scale)
+                if call.grads
+                else None
                 for call in self._calls
             ]
         )
@@ -213,6 +215,17 @@ def fill_missing(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> li
         p.new_zeros(S, *p.shape) if grad is None else grad
         for grad, p in zip(grads, params, strict=True)
     ]
+
+
+def unscaled(grad: Tensor, scale: Tensor | None) -> Tensor:
+    """Return a gradient divided by a `GradScaler`'s factor, in float32 at least.
+
+    >>> unscaled(torch.tensor([2.0**-20]).half() * 2**14, torch.tensor(2.0**14)) * 2**20
+    tensor([1.])
+    """
+    if scale is None:
+        return grad
+    return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale.to(grad.device)
 
 
 def with_random_signs(columns: Tensor, generator: torch.Generator) -> Tensor:

@@ -38,6 +38,7 @@ class StepRecord:
         statistics_age: steps since statistics last entered the factors.
         inverse_age: steps since the inverses were refreshed.
         skipped_steps: how many were left out so far.
+        rejected: whether it was taken back: all but λ is as it was before.
         seconds: by phase (`PHASES`), since the last record, of the host's clock.
         pi: `π` of every layer's Kronecker product (of groups the mean), where a writer
             gets the record; None of one without statistics.
@@ -57,6 +58,7 @@ class StepRecord:
     statistics_age: int | None = None
     inverse_age: int | None = None
     skipped_steps: int = 0
+    rejected: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
     pi: Mapping[str, Tensor | None] = field(default_factory=dict)
 

@@ -40,7 +40,7 @@ def numbers(record: StepRecord) -> dict[str, Number]:
         if isinstance(value, Mapping):
             flat.update({f"{one.name}.{key}": part for key, part in value.items()})
         else:
-            flat[one.name] = value
+            flat[one.name] = int(value) if isinstance(value, bool) else value
         if one.name == "new_loss":
             flat["actual_change"] = record.actual_change
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}

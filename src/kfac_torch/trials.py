@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,24 @@ from .capture import random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .quadratic_model import products
+from .rejection import Before
 from .replay import rerun
 from .steps import Step
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the loss after a step tells of it.
+
+    Args:
+        new_loss: per loss term; None where it is not known.
+        rho: the change of the loss over the predicted one; None where that is not known.
+        finite: whether the new loss is, or where only its change is known, that.
+    """
+
+    new_loss: Tensor | float | None
+    rho: float | None
+    finite: bool
 
 
 class Trial:
@@ -51,6 +68,7 @@ class Trial:
         self._device = next(model.parameters()).device
         self.batch = BatchLoss([])
         self.step: Step | None = None
+        self.before: Before | None = None  # where the step may be taken back
         self.num_terms: float = 1
 
     def first(self) -> Any:
@@ -101,7 +119,7 @@ class Trial:
         self,
         step: Step,
         rule: LevenbergMarquardt,
-    ) -> tuple[Tensor | float | None, float | None]:
+    ) -> Judgement:
         """Return the loss where a step has led to, and `ρ`; reads the host.
 
         `ρ` is None where the scale of the gradient is not known, and with it the loss.
@@ -118,10 +136,12 @@ class Trial:
             assert old is not None
             new = check_evaluation(self._again()) / self.num_terms
             actual, scale = new - old, None
-        read = (actual, predicted_change, 1.0 if scale is None else scale)
+        level = actual if new is None else new
+        read = (actual, predicted_change, 1.0 if scale is None else scale, level)
         numbers = torch.stack([torch.as_tensor(x).to(predicted_change) for x in read])
-        change, predicted, known = numbers.tolist()
-        return new, None if math.isnan(known) else rule.ratio(change, predicted)
+        change, predicted, known, level = numbers.tolist()
+        rho = None if math.isnan(known) else rule.ratio(change, predicted)
+        return Judgement(new, rho, math.isfinite(level))
 
     def _told_change(self) -> Tensor:
         now = random_state(self._device)

@@ -98,6 +98,9 @@ def summary(records: Sequence[dict[str, Number]]) -> list[tuple[str, str]]:
         ("loss, first and last", shown),
         ("steps left out", str(records[-1].get("skipped_steps", 0))),
     ]
+    taken_back = sum(record.get("rejected") or 0 for record in records)
+    if taken_back:
+        rows.append(("steps taken back", str(taken_back)))
     for key, title in (("damping", "λ, first and last"), ("rho", "ρ, first and last")):
         values = _series(records, key)[1]
         if values:
