@@ -54,6 +54,7 @@ from .sources import (
 )
 from .update_thunks import UpdateThunks
 
+
 class FisherEstimator(BlockProducts, UpdateThunks):
     """Keep the factors of a model's blocks up to date; multiply by them.
 

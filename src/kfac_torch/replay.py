@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import Capture, LayerCall, RootCall, random_state, set_random_state, uncompiled
+from .capture import (
+    Capture,
+    LayerCall,
+    RootCall,
+    random_state,
+    set_random_state,
+    uncompiled,
+)
 from .forwards import Forwards
 from .options import Statistics
 
@@ -68,6 +75,7 @@ def every_kth(
 
 def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0
+
 
 def thin_weights(
     weights: tuple[Tensor, Tensor | float] | None, stride: int, start: int
