@@ -18,10 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_SIZE = 768
+LEAST_SIZE = 1024
 """The size from which on this is faster than torch."""
 
 _LEAF = 256  # up to which a block is torch's
+_SOLVED = 512  # up to which a triangular system is torch's
+_STRIP = 256  # rows of a symmetric product, of which half would be work for nothing
 _TILE = 256  # a block that is transposed in the cache
 
 
@@ -58,8 +60,8 @@ def _factorise(L: Tensor, infos: list[Tensor]) -> None:
     h = n // 2
     first, B, second = L[:h, :h], L[h:, :h], L[h:, h:]
     _factorise(first, infos)
-    torch.linalg.solve_triangular(first.mT, B, upper=True, left=False, out=B)
-    _add_product(second, B, B.mT, -1)
+    _solve_upper(first.mT, B)
+    _subtract_product(second, B, B.mT)
     _factorise(second, infos)
 
 
@@ -95,16 +97,27 @@ def _invert(L: Tensor, out: Tensor) -> None:
     off = out[h:, :h]
     torch.addmm(off, D, X, beta=0, alpha=-1, out=off)
     _invert(L[:h, :h], out[:h, :h])
-    _add_product(out[:h, :h], X.mT, off, -1)
+    # `off` is −D X.
+    _subtract_product(out[:h, :h], X.mT, off)
 
 
-def _add_product(C: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """Add a symmetric product to the lower triangle: a few strips, each up to its end."""
-    n = len(C)
-    width = -(-n // 4) if n >= 4 * _LEAF else n
-    for start in range(0, n, width):
-        end = min(start + width, n)
-        C[start:end, :end].addmm_(left[start:end], right[:, :end], alpha=alpha)
+def _solve_upper(U: Tensor, B: Tensor) -> None:
+    """Replace `B` by `B U⁻¹`, `U` upper triangular."""
+    n = len(U)
+    if n <= _SOLVED:
+        torch.linalg.solve_triangular(U, B, upper=True, left=False, out=B)
+        return
+    h = n // 2
+    _solve_upper(U[:h, :h], B[:, :h])
+    B[:, h:].addmm_(B[:, :h], U[:h, h:], alpha=-1)
+    _solve_upper(U[h:, h:], B[:, h:])
+
+
+def _subtract_product(C: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract a symmetric product from the lower triangle, in strips up to their end."""
+    for start in range(0, len(C), _STRIP):
+        end = min(start + _STRIP, len(C))
+        C[start:end, :end].addmm_(left[start:end], right[:, :end], alpha=-1)
 
 
 def _mirror(C: Tensor) -> None:
