@@ -51,6 +51,7 @@ from .options import (
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .recording import Recorder
+from .refresh_schedule import Refresh, as_refresh
 from .steps import StepRecord
 from .trials import Trial
 from .updates import UpdateRule
@@ -121,8 +122,8 @@ class KFAC(NamedState):
             of examples) or `"empirical"` (the user's own targets).
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
-        invert_every: steps between refreshes of the inverses; the first three steps
-            refresh them too.
+        invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
+            options; the first three steps refresh them too.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
         approx: an approximation for all layers that have it, or for each by name, type or
@@ -171,7 +172,7 @@ class KFAC(NamedState):
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
-        invert_every: int = 5,
+        invert_every: int | Refresh = 5,
         num_burnin_steps: int = 0,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
@@ -189,7 +190,7 @@ class KFAC(NamedState):
             norm_constraint=norm_constraint,
         )
         check_count("cov_update_every", cov_update_every, 1)
-        check_count("invert_every", invert_every, 1)
+        invert_every = as_refresh(invert_every)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)

@@ -149,7 +149,7 @@ class CholeskyBatch:
                 None if member.factor in failed else member.wanted[number]
                 for member in self.members
             ]
-            outs = [wanted and wanted.tensors[0] for wanted in good]
+            outs = [None if wanted is None else wanted.tensors[0] for wanted in good]
             if stored.function == -1:
                 cholesky.write_inverse(outs)
             else:

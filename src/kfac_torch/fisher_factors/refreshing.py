@@ -44,9 +44,7 @@ def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Fail
     failed: Failures = {}
     members: list[Member] = []
     known = list(dict.fromkeys(factors))
-    may_raise = any(
-        not f.is_refreshed or f.health.kept_in_a_row >= max_kept for f in known
-    )
+    may_raise = any(not f.is_refreshed or f.health.kept_in_a_row >= max_kept for f in known)
     for factor in known:
         try:
             new += _of_one(factor)
