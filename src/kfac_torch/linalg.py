@@ -374,6 +374,29 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
     return e, torch.where(fine, V, torch.nan)
 
 
+def off_diagonal_share(C: Tensor, Q: Tensor) -> Tensor:
+    """Return the share of `M = Qᵀ C Q` beside its diagonal `a`, by the Frobenius norm.
+
+    That is the relative error of `Q diag(a) Qᵀ`, with one product of `n³`: `‖M‖ = ‖C‖`.
+
+    Args:
+        C: `[..., n, n]`, symmetric PSD.
+        Q: orthogonal.
+
+    Returns:
+        0-dim; the largest of a stack. Not finite where `C` is not.
+
+    >>> off_diagonal_share(torch.tensor([[3.0, 0.1], [0.1, 4.0]]), torch.eye(2))
+    tensor(0.0283)
+    """
+    a = (Q * (C @ Q)).sum(-2)
+    square = torch.linalg.matrix_norm(C).square()
+    # Of the zero matrix there is nothing beside the diagonal.
+    rest = (square - a.square().sum(-1)).clamp(min=0)
+    share = rest / square.clamp(min=torch.finfo(C.dtype).tiny)
+    return share.sqrt().amax()
+
+
 def _all_finite(C: Tensor) -> Tensor:
     """Whether each matrix `[..., n, n]` is free of NaN and Inf, `[...]`."""
     return C.isfinite().flatten(-2).all(-1)

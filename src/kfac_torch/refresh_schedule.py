@@ -35,24 +35,32 @@ class Refresh:
         basis_every: of EKFAC's layers, refreshes until one decomposes: 5 is for
             decompositions five times rarer than `every` says. Scales, and λ, act at once in
             the basis that there is.
-        warm_basis: let EKFAC's bases follow their factors by a rotation of first order, in
-            place of a decomposition, where they are near enough.
+        basis_tolerance: keep a basis of EKFAC at a refresh while the share of its factor
+            beside the diagonal, by norm, is no more than this (0.1, say); None decomposes
+            at every refresh. One product of matrices says so, where a decomposition is the
+            work of six or more.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1, or a tolerance that is no positive number.
 
     >>> Refresh(every=10, staggered=True)
-    Refresh(every=10, staggered=True, basis_every=1, warm_basis=False)
+    Refresh(every=10, staggered=True, basis_every=1, basis_tolerance=None)
     """
 
     every: int = 5
     staggered: bool = False
     basis_every: int = 1
-    warm_basis: bool = False
+    basis_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_count("Refresh: every", self.every, 1)
         check_count("Refresh: basis_every", self.basis_every, 1)
+        tolerance = self.basis_tolerance
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(
+                "Refresh: basis_tolerance: expected a positive number or None, got "
+                f"{tolerance!r}"
+            )
 
 
 def as_refresh(invert_every: int | Refresh) -> Refresh:
@@ -122,12 +130,12 @@ class RefreshPlan:
         return sum(self.costs[name] for name in self.due_at(step))
 
 
-def follow_bases(blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
-    """Tell EKFAC's factors whether their bases may follow by a rotation."""
+def set_tolerance(blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
+    """Tell EKFAC's factors which bases to keep."""
     for block in blocks.values():
         for factor in block.factors:
             if isinstance(factor, EigenScaleFactor):
-                factor.warm_basis = options.warm_basis
+                factor.tolerance = options.basis_tolerance
 
 
 def _has_basis(block: FisherBlock) -> bool:

@@ -21,8 +21,8 @@ non-negative and keep their sum, and an unchanged basis leaves them as they are;
 learned beside K-FAC is kept, which `s_A s_Gᵀ` anew would forget. The squares of a rotation
 are doubly stochastic: between two updates a basis that wanders evens the scales out.
 
-A basis may also follow its factor by a rotation (`warm_basis.py`), where it is near and is
-not the work of `MAX_ROTATIONS` of them in a row already.
+A basis in which its factor is still near enough to diagonal may be kept (`tolerance`): one
+product says how near it is, where a decomposition is the work of six or more.
 
 Left out: sides that are not whole matrices.
 """
@@ -35,16 +35,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..linalg import psd_eigh
+from ..linalg import off_diagonal_share, psd_eigh
 from .base import FactorOptions
 from .data import append_homog
 from .diagonal import GRADIENT_BYTES, DiagonalFactor
 from .inverse_providing import Computed, InverseProvidingFactor, Stored
 from .refreshing import refresh_inverses
-from .warm_basis import follow
-
-MAX_ROTATIONS = 9
-"""How often in a row bases follow by a rotation before they are decomposed anew."""
 
 
 class EigenScaleFactor(DiagonalFactor):
@@ -59,7 +55,8 @@ class EigenScaleFactor(DiagonalFactor):
         options: see `FactorOptions`.
 
     Attributes:
-        warm_basis: whether the basis may follow by a rotation.
+        tolerance: the share of a factor beside its diagonal, by norm, up to which a refresh
+            keeps its basis; None decomposes at every refresh.
 
     >>> from kfac_torch.fisher_factors import FullyConnectedKroneckerFactor
     >>> A, G = (FullyConnectedKroneckerFactor([[torch.eye(2)]]) for _ in range(2))
@@ -77,7 +74,7 @@ class EigenScaleFactor(DiagonalFactor):
         self._sides = (A, G)
         self._basis = Stored("eigenbasis", 0.0, 0.0)
         self._num_corrections = 0
-        self.warm_basis = False
+        self.tolerance: float | None = None
         super().__init__([[_no_data]], name, options, A._dtype, A._device)
 
     @property
@@ -141,8 +138,6 @@ class EigenScaleFactor(DiagonalFactor):
             torch.zeros(side._matrix_shape, dtype=self._dtype, device=self._device)
             for side in self._sides
         )
-        # A tensor, so that it is stored with the basis or not at all.
-        self._rotations = torch.zeros((), dtype=torch.int64, device=self._device)
 
     def accumulate(self, cov: Tensor, ema_decay: float, weight: float = 1.0) -> None:
         """Let new scales, in the current basis, enter the moving average.
@@ -161,10 +156,13 @@ class EigenScaleFactor(DiagonalFactor):
 
     def compute_stored(self) -> list[Computed]:
         """Return the basis of the current `A` and `G`, and the scales in it."""
-        rotated = self._rotated()
+        kept = self._kept()
+        if all(Q is not None for Q in kept):
+            return []
         floor = self._options.eigenvalue_clipping_threshold
-        (s_A, Q_A), (s_G, Q_G) = rotated or (
-            psd_eigh(side.get_cov(), floor, side.name) for side in self._sides
+        (s_A, Q_A), (s_G, Q_G) = (
+            psd_eigh(side.get_cov(), floor, side.name) if Q is None else (Q[..., 0], Q)
+            for side, Q in zip(self._sides, kept, strict=True)
         )
         if self._num_corrections:
             old_A, old_G = self.basis
@@ -173,23 +171,18 @@ class EigenScaleFactor(DiagonalFactor):
         else:
             scales = s_A.unsqueeze(-1) * s_G.unsqueeze(-2)
         moved = Stored("scales", 0.0, 0.0, (self._stored_cov(),))
-        number = Stored("rotations", 0.0, 0.0, (self._rotations,))
-        rotations = self._rotations + 1 if rotated else torch.zeros_like(self._rotations)
-        return [(self._basis, (Q_A, Q_G)), (moved, (scales,)), (number, (rotations,))]
+        return [(self._basis, (Q_A, Q_G)), (moved, (scales,))]
 
-    def _rotated(self) -> list[tuple[Tensor, Tensor]] | None:
-        """The bases by a rotation, with no eigenvalues; None where they are decomposed."""
-        if not self.warm_basis or not self._num_corrections:
-            return None
-        if self._rotations.item() >= MAX_ROTATIONS:
-            return None
-        found = []
-        for side, old in zip(self._sides, self.basis, strict=True):
-            Q = follow(side.get_cov(), old)
-            if Q is None:
-                return None
-            found.append((Q.new_empty(0), Q))
-        return found
+    def _kept(self) -> list[Tensor | None]:
+        """The basis of each side that is good enough; reads the host."""
+        # Without corrections the scales are new eigenvalues, which a decomposition gives.
+        if self.tolerance is None or not self._num_corrections:
+            return [None, None]
+        pairs = list(zip(self._sides, self.basis, strict=True))
+        shares = torch.stack([off_diagonal_share(s.get_cov(), Q) for s, Q in pairs])
+        # A NaN is above any tolerance.
+        near = (shares <= self.tolerance).tolist()
+        return [Q if good else None for (_, Q), good in zip(pairs, near, strict=True)]
 
     def make_inverse_update_ops(self) -> list[Callable[[], None]]:
         """Return a callable that brings the scales to the basis of the current factors."""
@@ -219,7 +212,6 @@ class EigenScaleFactor(DiagonalFactor):
         """Move the state to a device."""
         super().to(device)
         self._basis.tensors = tuple(q.to(self._device) for q in self._basis.tensors)
-        self._rotations = self._rotations.to(self._device)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,7 +221,6 @@ class EigenScaleFactor(DiagonalFactor):
             "basis": [q.clone() for q in self._basis.tensors],
             "refreshed": self._basis.refreshed,
             "num_corrections": self._num_corrections,
-            "rotations": int(self._rotations),
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,7 +244,6 @@ class EigenScaleFactor(DiagonalFactor):
         )
         self._basis.refreshed = state["refreshed"]
         self._num_corrections = state["num_corrections"]
-        self._rotations.fill_(state.get("rotations", 0))  # older states have none
 
 
 def _no_data() -> Tensor:
