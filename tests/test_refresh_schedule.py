@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
+from dense_fisher import dense_fisher
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kfac_torch import KFAC, KFACPreconditioner, LevenbergMarquardt, Refresh
+from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_torch.refresh_schedule import RefreshPlan, as_refresh
 
 WIDTHS = (6, 9, 5, 8, 7, 4, 3)
@@ -416,3 +418,54 @@ def test_a_state_without_what_is_due_loads():
     assert state["kfac"].pop("layers_due") == optimizer._schedule.plan.due_at(1)
     optimizer.load_state_dict(state)
     assert optimizer._schedule.layers_due == []
+
+
+# How near to the Fisher.
+
+
+class Tokens(nn.Module):
+    """Several positions of an example, with one loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "refresh",
+    [
+        Refresh(every=2, basis_every=5),
+        Refresh(every=2, basis_tolerance=0.1),
+        Refresh(every=2, staggered=True, basis_tolerance=0.1),
+    ],
+)
+def test_ekfac_in_an_old_basis_is_nearer_to_the_fisher_than_kfac(refresh):
+    """In the Frobenius norm, all blocks together, after steps that decomposed nothing."""
+    model, x, y = Tokens(), torch.randn(30, 4, 6), torch.randint(3, (30,))
+    optimizer = make(
+        model,
+        estimation_mode="exact",
+        cov_ema_decay=0.0,
+        approx="ekfac",
+        invert_every=refresh,
+    )
+    blocks = optimizer.estimator.blocks
+    changed = refreshed(optimizer, model, [(x, y)] * 20)
+    optimizer.param_groups[0]["lr"] = 0.0  # the statistics are of where the model stays
+    step(model, optimizer, (x, y))
+    optimizer.close()
+    # After the first three steps, less than one decomposition in three steps.
+    assert sum(map(len, changed[3:])) < len(blocks) * 17 / 3
+    ours, theirs, size = 0.0, 0.0, 0.0
+    for block in blocks.values():
+        F = dense_fisher(model, x, optimizer.estimator.layers, block)
+        size += F.norm() ** 2
+        ours += (block.full_fisher_block() - F).norm() ** 2
+        theirs += (KroneckerProductFB.full_fisher_block(block) - F).norm() ** 2
+    assert ours < 0.9 * theirs < size
