@@ -269,6 +269,21 @@ def test_a_layer_that_is_called_late_is_refreshed_at_once():
     optimizer.close()
 
 
+def test_some_layers_alone():
+    model = net()
+    optimizer = make(model, invert_every=100)
+    for batch in batches(4):
+        step(model, optimizer, batch)
+    blocks = optimizer.estimator.blocks
+    before = {name: stored(block) for name, block in blocks.items()}
+    optimizer.estimator.update_inverses(["2", "6"])
+    changed = [n for n in blocks if not torch.equal(before[n][0], stored(blocks[n])[0])]
+    assert changed == ["2", "6"]
+    with pytest.raises(ValueError, match=r"update_inverses: .*0, 2, 4.*; got 1, nine"):
+        optimizer.estimator.update_inverses(["nine", "0", "1"])
+    optimizer.close()
+
+
 # Bases of EKFAC.
 
 

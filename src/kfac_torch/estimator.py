@@ -465,9 +465,16 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         """Refresh every stored inverse, or those of some layers, from the current factors.
 
         Raises:
+            ValueError: a layer that there is not.
             torch.linalg.LinAlgError: a damped factor is singular on every rung of the
                 ladder, and has no inverse to keep (any more); nothing is changed.
         """
+        unknown = set(layers or ()) - set(self.blocks)
+        if unknown:
+            raise ValueError(
+                f"update_inverses: expected layers of {', '.join(self.blocks)}; got "
+                f"{', '.join(sorted(unknown))}"
+            )
         named = self.blocks.items()
         self._refresh(b for name, b in named if layers is None or name in layers)
 

@@ -76,8 +76,8 @@ class KFAC(NamedState):
     (and no factor, if statistics are due): the step is left out and counted, the first one
     with a RuntimeWarning. A factor that cannot be factorised climbs a ladder of rescues,
     or keeps its last good inverse for a while; `health()` has all counts. The host reads
-    one number of the device per step, one more where statistics are due, and one for each
-    distinct size of a factor where inverses are.
+    one number of the device per step, one more where statistics are due, and one
+    where inverses are.
 
     Args:
         model: the root module, or what `torch.compile` made of it; the loss must be a
