@@ -103,6 +103,9 @@ def _factorise(
         for batch in batches:
             own, flags = flags[: len(batch.regular)], flags[len(batch.regular) :]
             batch.settle(own, failed)
+    for factor in number:  # the error is of the first one, not of the largest
+        if factor in failed:
+            failed[factor] = failed.pop(factor)
     _check_kept(failed, max_kept)
     for batch in kept:
         batch.write(failed)
