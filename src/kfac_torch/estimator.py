@@ -24,7 +24,7 @@ since the last update are merged as if they had been one batch. Left out: when t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -479,14 +479,22 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             for factor in block.factors
         )
 
-    def update_inverses(self) -> None:
-        """Refresh every stored inverse from the current factors.
+    def update_inverses(self, layers: Collection[str] | None = None) -> None:
+        """Refresh every stored inverse, or those of some layers, from the current factors.
 
         Raises:
+            ValueError: a layer that there is not.
             torch.linalg.LinAlgError: a damped factor is singular on every rung of the
                 ladder, and has no inverse to keep (any more); nothing is changed.
         """
-        self._refresh(self.blocks.values())
+        unknown = set(layers or ()) - set(self.blocks)
+        if unknown:
+            raise ValueError(
+                f"update_inverses: expected layers of {', '.join(self.blocks)}; got "
+                f"{', '.join(sorted(unknown))}"
+            )
+        named = self.blocks.items()
+        self._refresh(b for name, b in named if layers is None or name in layers)
 
     def _refresh(self, blocks: Iterable[FisherBlock], index: int | None = None) -> None:
         ready = [block for block in blocks if block.has_statistics]

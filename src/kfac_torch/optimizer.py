@@ -52,6 +52,7 @@ from .options import (
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .recording import Recorder, watch_scale
+from .refresh_schedule import Refresh, as_refresh
 from .rejection import Before
 from .steps import StepRecord
 from .trials import Trial
@@ -77,8 +78,8 @@ class KFAC(NamedState):
     (and no factor, if statistics are due): the step is left out and counted, the first one
     with a RuntimeWarning. A factor that cannot be factorised climbs a ladder of rescues,
     or keeps its last good inverse for a while; `health()` has all counts. The host reads
-    one number of the device per step, one more where statistics are due, and one for each
-    distinct size of a factor where inverses are.
+    one number of the device per step, one more where statistics are due, and one
+    where inverses are.
 
     Args:
         model: the root module, or what `torch.compile` made of it; the loss must be a
@@ -123,8 +124,8 @@ class KFAC(NamedState):
             of examples) or `"empirical"` (the user's own targets).
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
-        invert_every: steps between refreshes of the inverses; the first three steps
-            refresh them too.
+        invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
+            options; the first three steps refresh them too.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
         approx: an approximation for all layers that have it, or for each by name, type or
@@ -173,7 +174,7 @@ class KFAC(NamedState):
         estimation_mode: str | Statistics = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
-        invert_every: int = 5,
+        invert_every: int | Refresh = 5,
         num_burnin_steps: int = 0,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
@@ -191,7 +192,7 @@ class KFAC(NamedState):
             norm_constraint=norm_constraint,
         )
         check_count("cov_update_every", cov_update_every, 1)
-        check_count("invert_every", invert_every, 1)
+        invert_every = as_refresh(invert_every)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
