@@ -35,6 +35,7 @@ class Schedule:
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses, or a `Refresh`.
         num_burnin_steps: the first steps, which only gather statistics.
+        early_updates: of the steps after them, that take statistics whatever the interval.
 
     Attributes:
         options: what it was made with, by name.
@@ -55,6 +56,7 @@ class Schedule:
         cov_update_every: int,
         invert_every: int | Refresh,
         num_burnin_steps: int = 0,
+        early_updates: int = 0,
     ) -> None:
         self._estimator = estimator
         self._refresh = refresh = as_refresh(invert_every)
@@ -65,6 +67,7 @@ class Schedule:
             "cov_update_every": cov_update_every,
             "invert_every": every if refresh == Refresh(every=every) else refresh,
             "num_burnin_steps": num_burnin_steps,
+            "early_updates": early_updates,
         }
         self._collected = False
         self.num_steps = 0
@@ -166,7 +169,8 @@ class Schedule:
         self.num_steps += 1
         if self._collected and good:
             self._estimator.collecting = False
-        if self.num_steps % self.options["cov_update_every"] == 0:
+        early = self.num_steps < self.options["early_updates"]
+        if early or self.num_steps % self.options["cov_update_every"] == 0:
             self._estimator.collecting = True
         if not self.plan.is_uniform:
             # A step that is left out leaves what was due to the next one.
