@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from kfac_torch import patch_moments
+from kfac_torch import gram, patch_lags, patch_moments
 from kfac_torch.patch_moments import patch_second_moment, resolve_padding
 
-METHODS = ["auto", "chunks", "lags"]
+METHODS = ["auto", "chunks", "lags", "slices"]
 
 
 def formed(
@@ -66,8 +66,8 @@ def energy(case: dict[str, Any]) -> float:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn, *, shared_lags: bool) -> dict[str, Any]:
-    """Inputs and arguments; with shared_lags those that "lags" accepts."""
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    """Inputs and arguments."""
     dims = draw(st.integers(1, 3))
     largest = {1: 12, 2: 8, 3: 5}[dims]
 
@@ -75,9 +75,7 @@ def convolutions(draw: st.DrawFn, *, shared_lags: bool) -> dict[str, Any]:
         return tuple(draw(st.integers(low, high)) for _ in range(dims))
 
     space, kernel, dilation = sizes(1, largest), sizes(1, 4 - (dims > 2)), sizes(1, 3)
-    stride = sizes(1, 3)
-    if shared_lags:
-        stride = tuple(s if k == 1 else 1 for s, k in zip(stride, kernel, strict=True))
+    stride = draw(st.sampled_from([(1,) * dims, sizes(1, 3)]))
     mode = draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
     most = [{"circular": n, "reflect": n - 1}.get(mode, 4) for n in space]
     form = draw(st.sampled_from(["pairs", "tuple", "integer", "SAME", "valid"]))
@@ -129,27 +127,34 @@ def expected_of(case: dict[str, Any]) -> Tensor:
 
 
 @settings(deadline=None, max_examples=200)
-@given(convolutions(shared_lags=True))
+@given(convolutions())
 def test_lags_match_formed_patches(case: dict[str, Any]) -> None:
     ours = patch_second_moment(**case, method="lags")
     assert_agree(ours, expected_of(case), floor=energy(case))
 
 
+@settings(deadline=None, max_examples=200)
+@given(convolutions())
+def test_slices_match_formed_patches(case: dict[str, Any]) -> None:
+    ours = patch_second_moment(**case, method="slices")
+    assert_agree(ours, expected_of(case), floor=energy(case))
+
+
 @settings(deadline=None, max_examples=150)
-@given(convolutions(shared_lags=False))
+@given(convolutions())
 def test_chunks_match_formed_patches(case: dict[str, Any]) -> None:
     assert_agree(patch_second_moment(**case, method="chunks"), expected_of(case))
 
 
 @settings(deadline=None, max_examples=100)
-@given(convolutions(shared_lags=False))
+@given(convolutions())
 def test_auto_matches_formed_patches(case: dict[str, Any]) -> None:
     ours = patch_second_moment(**case)
     assert_agree(ours, expected_of(case), floor=energy(case))
 
 
 @settings(deadline=None, max_examples=60)
-@given(convolutions(shared_lags=True), st.sampled_from(METHODS))
+@given(convolutions(), st.sampled_from(METHODS))
 def test_symmetric_and_positive(case: dict[str, Any], method: str) -> None:
     moment = patch_second_moment(**case, method=method)
     assert torch.equal(moment, moment.mT)
@@ -158,7 +163,7 @@ def test_symmetric_and_positive(case: dict[str, Any], method: str) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(convolutions(shared_lags=True), st.sampled_from(METHODS))
+@given(convolutions(), st.sampled_from(METHODS))
 def test_bias_entries(case: dict[str, Any], method: str) -> None:
     with_bias = patch_second_moment(**{**case, "has_bias": True}, method=method)
     without = patch_second_moment(**{**case, "has_bias": False}, method=method)
@@ -243,21 +248,23 @@ def test_chunk_boundaries_down_to_one_row(
     assert_agree(moment, expected)
 
 
-@pytest.mark.parametrize("method", ["chunks", "lags"])
+@pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("size", [1, 500, 4000])
 def test_small_pieces_of_work(
     monkeypatch: pytest.MonkeyPatch, method: str, size: int
 ) -> None:
     inputs = torch.randn(7, 6, 9, 8, dtype=torch.float64)
     whole = patch_second_moment(inputs, 3, padding=1, groups=2, method=method)
-    for name in ("_PATCH_BYTES", "_SPECTRUM_BYTES", "_CACHE_BYTES"):
-        monkeypatch.setattr(patch_moments, name, size)
+    monkeypatch.setattr(patch_moments, "_PATCH_BYTES", size)
+    monkeypatch.setattr(patch_lags, "_SPECTRUM_BYTES", size)
+    for module in (patch_lags, gram):
+        monkeypatch.setattr(module, "_CACHE_BYTES", size)
     pieces = patch_second_moment(inputs, 3, padding=1, groups=2, method=method)
     assert_agree(pieces, whole)
 
 
 @settings(deadline=None, max_examples=40)
-@given(convolutions(shared_lags=True), st.sampled_from(METHODS), st.integers(1, 3))
+@given(convolutions(), st.sampled_from(METHODS), st.integers(1, 3))
 def test_batch_splitting(case: dict[str, Any], method: str, first: int) -> None:
     inputs = case.pop("inputs")
     whole = patch_second_moment(inputs, **case, method=method)
@@ -384,7 +391,6 @@ def test_padding_forms() -> None:
         ({"dilation": (1,)}, r"dilation must be .*got \(1,\)"),
         ({"padding": 6, "padding_mode": "reflect"}, "too large.*'reflect'"),
         ({"padding": 7, "padding_mode": "circular"}, "too large.*'circular'"),
-        ({"stride": (1, 2), "method": "lags"}, r"stride 1 .*got .*stride \(1, 2\)"),
     ],
 )
 def test_error_messages(arguments: dict[str, Any], message: str) -> None:
