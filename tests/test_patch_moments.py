@@ -334,7 +334,7 @@ def test_auto_takes_lags_where_they_pay() -> None:
     def choice(channels: int, size: int, batch: int, k: int = 3, s: int = 1) -> str:
         inputs = torch.empty(batch, channels, size, size)
         sizes = {"kernel_size": k, "stride": s, "dilation": 1}
-        conv = patch_moments._describe(inputs, sizes, "SAME", 1, "zeros")
+        conv = patch_moments.describe(inputs, sizes, "SAME", 1, "zeros")
         return patch_moments._choose(conv, "auto")
 
     assert choice(64, 32, 128) == "lags"

@@ -50,10 +50,12 @@ class Conv(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """N T: examples times output locations."""
         return self.batch * math.prod(self.out)
 
     @property
     def columns(self) -> int:
+        """Of the patches of one group."""
         return self.channels * math.prod(self.kernel) // self.groups
 
 
@@ -145,6 +147,7 @@ def describe(
 
 
 def pad(x: Tensor, conv: Conv, padding: Pairs) -> Tensor:
+    """Pad inputs as the convolution does, by so much."""
     flat = [size for pair in reversed(padding) for size in pair]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     return F.pad(x, flat, mode=mode) if any(flat) else x
@@ -265,12 +268,14 @@ def _axis(n: int, k: int, d: int, b: int, a: int, *, half: bool) -> Axis:
     lags = [lag for lag in range(0 if half else 1 - k, k) if d * abs(lag) < n]
     missed = [[p for p in range(n) if p not in reach(n, k, d, b, a, u)] for u in range(k)]
     offsets = list(itertools.product(range(k), repeat=2))
-    points = {
-        (p, v - u): None
-        for u, v in offsets
-        for p in missed[u]
-        if v - u in lags and 0 <= p + d * (v - u) < n
-    }
+    points = sorted(
+        {
+            (p, v - u)
+            for u, v in offsets
+            for p in missed[u]
+            if v - u in lags and 0 <= p + d * (v - u) < n
+        }
+    )
     signs = [
         [float(v - u == lag) for lag in lags]
         + [-float(v - u == lag and p in missed[u]) for p, lag in points]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class _Family(NamedTuple):
     shape: tuple[int, int]  # points, lags
     inverse: Tensor  # takes spectra to lags: [lags, frequencies, re/im]
     signs: Tensor  # block(u, v) as a sum of terms: [k₁k₂, k₁k₂, points * lags]
-    hermitian: bool  # whether all points are their own partners
+    hermitian: bool  # whether all points are their own partners, and each there once
 
 
 @functools.lru_cache(maxsize=256)  # a layer asks for the same ones at every step
@@ -76,17 +77,21 @@ def _families(conv: Conv, dtype: torch.dtype, device: torch.device) -> list[_Fam
                 shape,
                 torch.view_as_real(inverse).to(device, dtype),
                 signs.to(device, dtype),
-                all(bool((p[0] == p[1]).all()) for p in points.values()),
+                all(len(p) == len(at.T) and torch.equal(*at) for p, at in found.values()),
             )
             families.append(family)
     return families
 
 
-def add_lags(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
-    """Put `PᵀP / (N T)` of `how.conv` into a moment of zeros.
+def add_lags(
+    moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged, spare: Tensor
+) -> None:
+    """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there.
 
-    Terms, a spectrum and work on pieces of it take a sixth of the patches of `conv`; at
-    least a quarter of that is for the spectrum, where many terms meet few patches.
+    `spare` is flat memory to use before the moment is written: its own. Terms, a spectrum
+    that does not fit in there and work on pieces of it take a sixth of the patches of
+    `conv`; at least a quarter of that is for the spectrum, where many terms meet few
+    patches.
     """
     # Nothing in the families depends on the batch.
     families = _families(how.conv._replace(batch=1), moment.dtype, moment.device)
@@ -98,14 +103,19 @@ def add_lags(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
     sixth = conv.rows * conv.columns * conv.groups // 6
     taken = terms.numel() + (moment.numel() if how.spread > 1 else 0)
     free = max(sixth - taken, sixth // 4)
-    work = max(1, min(_CACHE_BYTES // width, free // 16))
-    held = min(_SPECTRUM_BYTES // width, free * 5 // 6)
     example = 2 * how.conv.channels * families[0].inverse.shape[1]
+    if any(map(any, how.pads)) or how.spread > 1:  # a copy of the inputs as well
+        free -= min(free // 2, how.conv.channels * math.prod(how.conv.space))
+    needed = example * min(conv.batch, _SPECTRUM_BYTES // width // example + 1)
+    inside = spare.numel() >= min(needed, 4 * free)  # little is left beside the terms
+    work = max(1, min(_CACHE_BYTES // width, free // (8 if inside else 16)))
+    held = min(_SPECTRUM_BYTES // width, spare.numel() if inside else free * 5 // 6)
+    spare = spare if inside else spare[:0]
     for examples in inputs.tensor_split(-(-conv.batch // max(1, held // example))):
         x = arranged(examples.to(moment.dtype), conv, how)
         x = torch.unflatten(x, 1, (conv.groups, channels))
         for family, part in zip(families, torch.split(terms, counts), strict=True):
-            _add_family(part.view(*family.shape, -1), x, family, work)
+            _add_family(part.view(*family.shape, -1), x, family, work, spare)
 
     # Upper blocks, and half of each diagonal one.
     size = len(families[0].signs)
@@ -122,13 +132,16 @@ def add_lags(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
     add_transpose(moment)
 
 
-def _add_family(terms: Tensor, x: Tensor, family: _Family, work: int) -> None:
+def _add_family(
+    terms: Tensor, x: Tensor, family: _Family, work: int, spare: Tensor
+) -> None:
     """Add the correlations of x to terms, [points, lags, groups * C * C]."""
     for dim, (locations, _) in family.points.items():
         x = x.index_select(dim, locations)
-    a = b = _spectrum(x, family, work)
-    for i, (_, (points, partners)) in enumerate(family.points.values()):
-        a, b = a.index_select(i, points), b.index_select(i, partners)
+    a = b = _spectrum(x, family, work, spare)
+    if not family.hermitian:
+        for i, (_, (points, partners)) in enumerate(family.points.values()):
+            a, b = a.index_select(i, points), b.index_select(i, partners)
     # [points, frequencies, groups, re/im, N, C]
     a, b = (z.reshape(len(terms), -1, *z.shape[-4:]) for z in (a, b))
     groups, channels = a.shape[2], a.shape[-1]
@@ -137,15 +150,23 @@ def _add_family(terms: Tensor, x: Tensor, family: _Family, work: int) -> None:
         _correlate(terms, terms, a, b, family, work)
         return
     pairs = terms.view(*terms.shape[:2], groups, channels, channels)
+    spare = spare[a.numel() :]
     for band in parts:
         right = pairs[..., band, band.start :]
-        even, odd = right.new_zeros(2, *right.shape)
+        even, odd = _room(x, spare, (2, *right.shape)).zero_()
         left = a[..., band], b[..., band.start :]
         _correlate(even.flatten(2), odd.flatten(2), *left, family, work)
         right += even
         right += odd
-        below = (even - odd)[..., band.stop - band.start :]
-        pairs[..., band.stop :, band] += below.mT
+        below, width = pairs[..., band.stop :, band], band.stop - band.start
+        below += even[..., width:].mT
+        below -= odd[..., width:].mT
+
+
+def _room(x: Tensor, spare: Tensor, shape: Sequence[int]) -> Tensor:
+    size = math.prod(shape)
+    inside = size <= spare.numel()
+    return spare[:size].view(shape) if inside else x.new_empty(shape)
 
 
 def _correlate(
@@ -170,7 +191,7 @@ def _correlate(
             odd.baddbmm_(sines, imag.view(shape))
 
 
-def _spectrum(x: Tensor, family: _Family, work: int) -> Tensor:
+def _spectrum(x: Tensor, family: _Family, work: int, spare: Tensor) -> Tensor:
     """Transform [N, groups, C, *space]; [*points, *frequencies, groups, 2, N, C]."""
     lengths = list(family.lengths.values())
     order = [*family.points, *family.lengths, 1, x.dim(), 0, 2]
@@ -178,7 +199,8 @@ def _spectrum(x: Tensor, family: _Family, work: int) -> Tensor:
         return x.unsqueeze(-1).permute(order)
     half = [*lengths[:-1], lengths[-1] // 2 + 1]
     points = [x.shape[dim] for dim in family.points]
-    out = x.new_empty(*points, *half, x.shape[1], 2, x.shape[0], x.shape[2])
+    shape = (*points, *half, x.shape[1], 2, x.shape[0], x.shape[2])
+    out = _room(x, spare, shape)
     step = max(1, work // out[..., 0, :].numel())
     for n in range(0, len(x), step):
         y = torch.fft.rfftn(x[n : n + step], lengths, list(family.lengths))

@@ -44,11 +44,13 @@ from .patch_geometry import (
     chosen_columns,
     describe,
     pad,
-    resolve_padding as resolve_padding,
+    resolve_padding,
     windows,
 )
 from .patch_lags import add_lags
-from .patch_slices import add_slices, scratch
+from .patch_slices import add_slices
+
+__all__ = ["mean_patch", "patch_second_moment", "patch_view", "resolve_padding"]
 
 _METHODS = ("auto", "chunks", "lags", "slices")
 
@@ -102,7 +104,7 @@ def patch_second_moment(
     size = conv.columns
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         moment = inputs.new_zeros(groups, size + has_bias, size + has_bias, dtype=dtype)
-        _add(moment[:, :size, :size], inputs, conv, chosen)
+        _add(moment[:, :size, :size], inputs, conv, chosen, moment.view(-1))
         if has_bias:
             total = pad(inputs.sum(0, keepdim=True, dtype=dtype), conv, conv.padding)
             sums = windows(total, conv).flatten(2 + len(conv.kernel)).sum(-1)
@@ -176,23 +178,28 @@ def _choose(conv: Conv, method: str) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str) -> None:
-    if method == "chunks":
-        return _add_chunks(moment, inputs, conv)
-    add = add_lags if method == "lags" else add_slices
+def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor) -> None:
+    """Put `PᵀP / (N T)` into a moment of zeros, a part of the flat spare memory."""
     how = arrange(conv)
-    if how.spread == 1:
-        return add(moment, inputs, conv, how)
-    wide = moment.new_zeros(conv.groups, how.conv.columns, how.conv.columns)
-    add(wide, inputs, conv, how)
-    columns = chosen_columns(conv._replace(batch=1), how, moment.device)
-    moment.copy_(wide[:, columns[:, None], columns])
+    wide = moment
+    if method != "chunks" and how.spread > 1:
+        wide = moment.new_empty(conv.groups, how.conv.columns, how.conv.columns)
+        spare = wide.view(-1)
+    if method == "chunks":
+        _add_chunks(moment, inputs, conv)
+    elif method == "lags":
+        add_lags(wide, inputs, conv, how, spare)
+    else:
+        add_slices(wide, inputs, conv, how)
+    if wide is not moment:
+        columns = chosen_columns(conv._replace(batch=1), how, moment.device)
+        moment.copy_(wide[:, columns[:, None], columns])
 
 
 def _add_chunks(moment: Tensor, inputs: Tensor, conv: Conv) -> None:
     width = conv.columns * conv.groups
     held = max(1, _PATCH_BYTES // (width * moment.element_size()))  # rows at once
-    held = min(held, max(conv.rows // 8, min(held, 1024)))
+    held = min(held, max(conv.rows // 12, min(held, 512)))
     # A piece takes whole trailing dimensions of [N, *out] while they fit.
     batch, *sizes = (
         min(n, max(1, held // math.prod(conv.out[i:])))

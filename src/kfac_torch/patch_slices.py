@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .gram import add_gram, add_transpose, mirror
+from .gram import add_gram, add_transpose, bands, mirror
 from .patch_geometry import Arranged, Conv, arranged, axes, reach
 
 
 @functools.lru_cache(maxsize=256)  # a layer asks for the same ones at every step
 def _sums(conv: Conv, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which pairs of locations make up which block: `[S * S, k * k]`, zeros and ones."""
+    """Which pairs of locations make up which block: `[k * k, S * S]`, zeros and ones."""
     pairs = torch.ones(1, 1, 1, 1, dtype=dtype)  # [S, S, k, k]
     for i in range(1, len(conv.kernel)):
         n, k, d = conv.space[i], conv.kernel[i], conv.dilation[i]
@@ -39,7 +40,7 @@ def _sums(conv: Conv, dtype: torch.dtype, device: torch.device) -> Tensor:
                 at = torch.tensor([q for q in there if 0 <= q + d * (v - u) < n]).long()
                 each[at, at + d * (v - u), u, v] = 1
         pairs = torch.kron(pairs, each)
-    return pairs.flatten(0, 1).flatten(1).to(device)
+    return pairs.flatten(0, 1).flatten(1).T.contiguous().to(device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,43 +58,56 @@ def _along(
     return terms, signs.flatten(0, 1).to(device, dtype)
 
 
-def scratch(conv: Conv) -> int:
-    """Numbers held beside slices: products of slices, twice, and what they sum to."""
-    each = conv.channels // conv.groups
-    others = math.prod(conv.space[1:])
-    axis = axes(conv)[0]
-    sums = axis.signs.shape[-1] * math.prod(conv.kernel[1:]) ** 2
-    return conv.channels * each * (2 * others**2 + sums)
-
-
 def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
-    """Put `PᵀP / (N T)` of `how.conv` into a moment of zeros.
+    """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there.
 
-    Slices take what `scratch` leaves of a sixth of the patches of `conv`, but hold at
-    least an eighth of the batch.
+    A sixth of the patches of `conv` holds the blocks, the products, twice, and as many
+    examples as there is room for then, but at least an eighth of the batch.
     """
-    flat = how.conv._replace(batch=1)  # nothing below depends on the batch
+    flat = how.conv._replace(batch=1)  # nothing here depends on the batch
     terms, signs = _along(flat, moment.dtype, moment.device)
     sums = _sums(flat, moment.dtype, moment.device)
+    each = flat.channels // flat.groups
+    blocks = moment.new_zeros(len(terms), len(sums), flat.groups * each * each)
+
+    sixth = conv.rows * conv.columns * conv.groups // 6
+    taken = blocks.numel() + 2 * flat.channels * each * sums.shape[1]
+    taken += moment.numel() if how.spread > 1 else 0
+    copies = 2 if any(map(any, how.pads)) or how.spread > 1 else 1
+    example = copies * flat.channels * math.prod(flat.space)
+    held = max(1, (sixth - taken) // example, conv.batch // 8)
+    _add_blocks(blocks, inputs.tensor_split(-(-conv.batch // held)), conv, how)
+
+    total = (signs / conv.rows) @ blocks.flatten(1)
+    k, rest = flat.kernel[0], math.prod(flat.kernel[1:])
+    total = total.view(k, k, rest, rest, flat.groups, each, each)
+    where = moment.unflatten(2, (each, k, rest)).unflatten(1, (each, k, rest))
+    where.copy_(total.permute(4, 5, 0, 2, 6, 1, 3))
+    del total
+    add_transpose(moment)
+
+
+def _add_blocks(
+    blocks: Tensor, pieces: Sequence[Tensor], conv: Conv, how: Arranged
+) -> None:
+    """Add to `[terms, k * k, groups * C * C]`, k and the sums over the other dimensions."""
+    flat = how.conv._replace(batch=1)
+    terms, _ = _along(flat, blocks.dtype, blocks.device)
+    sums = _sums(flat, blocks.dtype, blocks.device)
     groups, each = flat.groups, flat.channels // flat.groups
     n, others = flat.space[0], math.prod(flat.space[1:])
-    sixth = conv.rows * conv.columns * groups // 6
-    taken = scratch(flat) + (moment.numel() if how.spread > 1 else 0)
-    held = max(1, (sixth - taken) // (flat.channels * n * others), conv.batch // 8)
-    pieces = min(-(-conv.batch // held), conv.batch)
-
-    blocks = moment.new_zeros(len(terms), groups * each * each, sums.shape[1])
-    products = moment.new_empty(groups, each * others, each * others)
-    most = -(-conv.batch // pieces)
-    buffer = moment.new_empty(n * most * flat.channels * others)
-    for examples in inputs.tensor_split(pieces):
-        x = arranged(examples.to(moment.dtype), conv, how).movedim(2, 0)
+    width = each * others
+    banded = len(bands(width, blocks.device)) > 1
+    products = blocks.new_empty(groups, width, width)
+    buffer = blocks.new_empty(n * max(map(len, pieces)) * flat.channels * others)
+    for examples in pieces:
+        x = arranged(examples.to(blocks.dtype), conv, how).movedim(2, 0)
         slices = buffer[: x.numel()].view(x.shape).copy_(x)
-        slices = slices.view(n, len(examples), groups, each * others)
+        slices = slices.view(n, len(examples), groups, width)
         for (first, number, other), block in zip(terms, blocks, strict=True):
             left = slices[first : first + number].flatten(0, 1).movedim(0, 2)
             right = slices[other : other + number].flatten(0, 1).movedim(0, 1)
-            if first == other:
+            if first == other and banded:
                 add_gram(products.zero_(), left)
                 mirror(products)
             elif groups == 1:
@@ -101,12 +115,4 @@ def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> Non
             else:
                 torch.bmm(left, right, out=products)
             pairs = products.view(groups, each, others, each, others).transpose(2, 3)
-            block.addmm_(pairs.reshape(-1, others * others), sums)
-
-    del products, buffer
-    total = (signs / conv.rows) @ blocks.flatten(1)
-    k, rest = flat.kernel[0], math.prod(flat.kernel[1:])
-    total = total.view(k, k, groups, each, each, rest, rest)
-    where = moment.unflatten(2, (each, k, rest)).unflatten(1, (each, k, rest))
-    where.copy_(total.permute(2, 3, 0, 5, 4, 1, 6))
-    add_transpose(moment)
+            block.addmm_(sums, pairs.reshape(-1, others * others).T)
