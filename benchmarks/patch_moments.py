@@ -1,7 +1,7 @@
 """Second moment of convolution patches against unfolding, and against other libraries.
 
-    OMP_NUM_THREADS=1 python benchmarks/patch_moments.py [--repeats N] [--quick] [--json FILE]
-        [--peer-python NAME=PATH ...]
+    OMP_NUM_THREADS=1 python benchmarks/patch_moments.py [--repeats N] [--quick]
+        [--json FILE] [--peer-python NAME=PATH ...]
 
 Baseline: the patches unfolded, whole or a few examples at a time, then a matmul into one
 accumulator, in two ways (one matmul per chunk on the transposed patches, or one per
@@ -111,8 +111,8 @@ QUICK = [STRIDE_1[0], Shape(64, 32, 3, 32), SMALL[0], OTHERS[0]]
 FOR_PEERS = [
     Shape(3, 32, 3, 128),
     Shape(16, 14, 3, 128),
-    Shape(32, 28, 3, 16),
-    Shape(64, 16, 3, 16),
+    Shape(32, 28, 3, 32),
+    Shape(64, 16, 3, 64),
     Shape(16, 28, 3, 32, stride=2),
 ]
 

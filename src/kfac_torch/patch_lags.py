@@ -32,6 +32,7 @@ from .gram import add_transpose, bands
 from .patch_geometry import Arranged, Conv, arranged, axes
 
 _SPECTRUM_BYTES = 24 * 2**20  # spectra that are held at once
+_SMALLEST_WORK = 2**16  # numbers in a piece of work, but for the next
 _CACHE_BYTES = 2**21  # pieces of work that should stay in the cache
 
 
@@ -104,14 +105,19 @@ def add_lags(
     taken = terms.numel() + (moment.numel() if how.spread > 1 else 0)
     free = max(sixth - taken, sixth // 4)
     example = 2 * how.conv.channels * families[0].inverse.shape[1]
-    if any(map(any, how.pads)) or how.spread > 1:  # a copy of the inputs as well
-        free -= min(free // 2, how.conv.channels * math.prod(how.conv.space))
+    padded = 1 if any(map(any, how.pads)) else 0
+    copies = how.conv.channels * math.prod(how.conv.space)
+    copies *= padded + (1 if how.spread > 1 else 0)
     needed = example * min(conv.batch, _SPECTRUM_BYTES // width // example + 1)
     inside = spare.numel() >= min(needed, 4 * free)  # little is left beside the terms
-    work = max(1, min(_CACHE_BYTES // width, free // (8 if inside else 16)))
-    held = min(_SPECTRUM_BYTES // width, spare.numel() if inside else free * 5 // 6)
+    work = free // (12 if inside else 16)
+    work = max(1, min(_CACHE_BYTES // width, max(work, _SMALLEST_WORK)))
+    held = min(_SPECTRUM_BYTES // width, spare.numel()) // example if inside else free
+    if copies or not inside:
+        beside = copies if inside else copies + example
+        held = min(held, _SPECTRUM_BYTES // width // example, free * 3 // 4 // beside)
     spare = spare if inside else spare[:0]
-    for examples in inputs.tensor_split(-(-conv.batch // max(1, held // example))):
+    for examples in inputs.tensor_split(-(-conv.batch // max(1, held))):
         x = arranged(examples.to(moment.dtype), conv, how)
         x = torch.unflatten(x, 1, (conv.groups, channels))
         for family, part in zip(families, torch.split(terms, counts), strict=True):
@@ -136,8 +142,6 @@ def _add_family(
     terms: Tensor, x: Tensor, family: _Family, work: int, spare: Tensor
 ) -> None:
     """Add the correlations of x to terms, [points, lags, groups * C * C]."""
-    for dim, (locations, _) in family.points.items():
-        x = x.index_select(dim, locations)
     a = b = _spectrum(x, family, work, spare)
     if not family.hermitian:
         for i, (_, (points, partners)) in enumerate(family.points.values()):
@@ -196,13 +200,20 @@ def _spectrum(x: Tensor, family: _Family, work: int, spare: Tensor) -> Tensor:
     lengths = list(family.lengths.values())
     order = [*family.points, *family.lengths, 1, x.dim(), 0, 2]
     if not lengths:
-        return x.unsqueeze(-1).permute(order)
+        return _at_points(x, family).unsqueeze(-1).permute(order)
     half = [*lengths[:-1], lengths[-1] // 2 + 1]
-    points = [x.shape[dim] for dim in family.points]
+    points = [len(locations) for locations, _ in family.points.values()]
     shape = (*points, *half, x.shape[1], 2, x.shape[0], x.shape[2])
     out = _room(x, spare, shape)
     step = max(1, work // out[..., 0, :].numel())
     for n in range(0, len(x), step):
-        y = torch.fft.rfftn(x[n : n + step], lengths, list(family.lengths))
+        piece = _at_points(x[n : n + step], family)
+        y = torch.fft.rfftn(piece, lengths, list(family.lengths))
         out[..., n : n + step, :] = torch.view_as_real(y).permute(order)
     return out
+
+
+def _at_points(x: Tensor, family: _Family) -> Tensor:
+    for dim, (locations, _) in family.points.items():
+        x = x.index_select(dim, locations)
+    return x

@@ -253,12 +253,12 @@ def _lags_cost(how: Arranged) -> float:
     conv = how.conv
     along, each = axes(conv), conv.channels // conv.groups
     terms = math.prod(axis.signs.shape[-1] for axis in along)
-    cost = 4e7 + 3 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    cost = 1e8 + 3 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
         spectra = math.prod(axis.points.shape[1] for axis, at in pairs if at)
         spectra *= math.prod(axis.length for axis in full) * conv.channels
         lags = math.prod(len(axis.lags) for axis in full)
-        cost += spectra * (conv.batch * (200 + 4 * (each + 16)) + 15 * lags * each)
+        cost += spectra * (conv.batch * (230 + 4 * (each + 16)) + 15 * lags * each)
     return cost

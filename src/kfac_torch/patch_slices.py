@@ -78,12 +78,12 @@ def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> Non
     held = max(1, (sixth - taken) // example, conv.batch // 8)
     _add_blocks(blocks, inputs.tensor_split(-(-conv.batch // held)), conv, how)
 
-    total = (signs / conv.rows) @ blocks.flatten(1)
     k, rest = flat.kernel[0], math.prod(flat.kernel[1:])
-    total = total.view(k, k, rest, rest, flat.groups, each, each)
     where = moment.unflatten(2, (each, k, rest)).unflatten(1, (each, k, rest))
-    where.copy_(total.permute(4, 5, 0, 2, 6, 1, 3))
-    del total
+    for u in range(k):
+        total = (signs[u * k : (u + 1) * k] / conv.rows) @ blocks.flatten(1)
+        total = total.view(k, rest, rest, flat.groups, each, each)
+        where[:, :, u] = total.permute(3, 4, 1, 5, 0, 2)
     add_transpose(moment)
 
 
