@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from kfac_torch import gram, patch_lags, patch_moments
 from kfac_torch.patch_moments import patch_second_moment, resolve_padding
@@ -330,7 +331,7 @@ def test_inputs_are_left_alone_whatever_their_layout(method: str) -> None:
         assert torch.equal(inputs, before)
 
 
-def test_auto_takes_lags_where_they_pay() -> None:
+def test_auto_takes_what_pays() -> None:
     def choice(channels: int, size: int, batch: int, k: int = 3, s: int = 1) -> str:
         inputs = torch.empty(batch, channels, size, size)
         sizes = {"kernel_size": k, "stride": s, "dilation": 1}
@@ -339,6 +340,9 @@ def test_auto_takes_lags_where_they_pay() -> None:
 
     assert choice(64, 32, 128) == "lags"
     assert choice(256, 8, 128) == "lags"
+    assert choice(3, 112, 16, k=7, s=2) == "lags"
+    assert choice(64, 4, 512) == "slices"
+    assert choice(3, 32, 128) == "slices"
     assert choice(64, 32, 128, s=2) == "chunks"
     assert choice(64, 32, 128, k=1) == "chunks"
     assert choice(16, 4, 1) == "chunks"
@@ -412,3 +416,32 @@ def test_largest_padding_of_each_mode_is_accepted(mode: str) -> None:
     ours = patch_second_moment(inputs, 3, padding=most, padding_mode=mode)
     expected = formed(inputs, (3,), (1,), ((most, most),), (1,), padding_mode=mode)
     assert_agree(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "channels", "size", "kernel", "stride"),
+    [
+        ("chunks", 16, 28, 3, 2),
+        ("lags", 16, 28, 5, 1),
+        ("lags", 3, 56, 7, 2),
+        ("slices", 16, 7, 3, 1),
+        ("slices", 3, 32, 3, 1),
+    ],
+)
+def test_memory_is_a_sixth_of_the_patches(
+    method: str, channels: int, size: int, kernel: int, stride: int
+) -> None:
+    x = torch.randn(64, channels, size, size)
+
+    def run() -> Tensor:
+        padding = kernel // 2
+        return patch_second_moment(x, kernel, stride, padding, method=method)
+
+    run()  # what is computed once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        result = run()
+    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    patches = 64 * channels * (kernel * (size // stride)) ** 2 * 4
+    assert len(sizes) > 1
+    assert max(itertools.accumulate(sizes)) - result.nbytes <= patches / 6

@@ -50,7 +50,7 @@ from .patch_geometry import (
 from .patch_lags import add_lags
 from .patch_slices import add_slices
 
-__all__ = ["mean_patch", "patch_second_moment", "patch_view", "resolve_padding"]
+__all__ = ("mean_patch", "patch_second_moment", "patch_view", "resolve_padding")
 
 _METHODS = ("auto", "chunks", "lags", "slices")
 
