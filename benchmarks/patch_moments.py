@@ -274,8 +274,11 @@ class Peer:
 
     def ask(self, question: object) -> Any:
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return "stopped"
         return self._answer()
 
     def _answer(self) -> Any:
