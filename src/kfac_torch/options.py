@@ -20,7 +20,7 @@ MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
 MOMENTUM = 0.9
 NORM_CONSTRAINT = 1e-3
 # Decay of the factors' average, steps between statistics, between refreshes.
-_AUTOMATIC = 0.8, 3, 6
+_AUTOMATIC = 0.85, 3, 6
 _CLASSIC = 0.95, 10, 10
 _EARLY_UPDATES = 10
 
@@ -168,10 +168,10 @@ class Pace:
 
     >>> Pace.resolve(automatic=True)  # doctest: +NORMALIZE_WHITESPACE
     Pace(statistics=Statistics(mode='gradients', batch_fraction=0.25, min_terms=128),
-         cov_ema_decay=0.8, cov_update_every=3, invert_every=6, early_updates=10)
+         cov_ema_decay=0.85, cov_update_every=3, invert_every=6, early_updates=10)
     >>> Pace.resolve(automatic=True, estimation_mode="exact", cov_update_every=2)
     Pace(statistics=Statistics(mode='exact', batch_fraction=1.0, min_terms=1),
-         cov_ema_decay=0.8, cov_update_every=2, invert_every=6, early_updates=0)
+         cov_ema_decay=0.85, cov_update_every=2, invert_every=6, early_updates=0)
     """
 
     statistics: Statistics

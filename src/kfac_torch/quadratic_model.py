@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -411,14 +412,33 @@ def _differentiable_kernels() -> Iterator[None]:
 
 
 class _Formulas(TorchFunctionMode):
-    """Compute by its formula what has a forward mode in Python alone, far slower."""
+    """Compute otherwise what has a forward mode through Python alone, far slower.
+
+    A layer norm by its formula; arithmetic with a number by the overload that takes one,
+    for which no tangent of zeros is made.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is functional.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
+        with_number = _WITH_NUMBER.get(func)
+        if with_number is not None and not kwargs and len(args) == 2:
+            tensor, number = args
+            if isinstance(number, float | int) and isinstance(tensor, Tensor):
+                if tensor.is_floating_point():
+                    return with_number(tensor, number)
         return func(*args, **(kwargs or {}))
+
+
+_WITH_NUMBER: Mapping[Any, Any] = MappingProxyType(
+    {
+        function: getattr(torch.ops.aten, name).Scalar
+        for name in ("add", "sub", "mul", "div")
+        for function in (getattr(torch, name), getattr(Tensor, name))
+    }
+)
 
 
 def _layer_norm(
@@ -431,6 +451,7 @@ def _layer_norm(
     dims = list(range(-len(normalized_shape), 0))
     wide = _accumulating(input)
     centred = wide - wide.mean(dims, keepdim=True)
-    unit = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    variance = centred.square().mean(dims, keepdim=True)
+    unit = centred * torch.ops.aten.add.Scalar(variance, eps).rsqrt()
     unit = unit if weight is None else unit * weight
     return (unit if bias is None else unit + bias).to(input.dtype)
