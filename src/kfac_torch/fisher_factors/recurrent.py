@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, damping_id
-from ..linalg import symmetrize, without_subnormals
+from ..linalg import symmetrize
 from .base import FactorOptions
 from .data import Entry, append_homog, last_size, name_of_uses
 from .inverse_providing import Computed, Function, InverseProvidingFactor, Stored
@@ -262,7 +262,7 @@ class MultiUseFactor(InverseProvidingFactor, abc.ABC):
         H = symmetrize(self._power_of(e, V, -0.5, damping))
         C1 = self.get_cov_dt1()
         if stored.function == _OPTION_1:
-            psi, U = torch.linalg.eigh(without_subnormals(H @ symmetrize(C1) @ H))
+            psi, U = torch.linalg.eigh(H @ symmetrize(C1) @ H)
             return H @ U, psi
         E = torch.linalg.svd(H @ C1 @ H)
         return C1.mT @ H @ H, H @ E.Vh.mT, E.S.square().clamp(max=1)
