@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from kfac_torch import patch_moments
+from kfac_torch import gram, patch_lags, patch_moments
 from kfac_torch.patch_moments import patch_second_moment, resolve_padding
 
-METHODS = ["auto", "chunks", "lags"]
+METHODS = ["auto", "chunks", "lags", "slices"]
 
 
 def formed(
@@ -66,8 +67,8 @@ def energy(case: dict[str, Any]) -> float:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn, *, shared_lags: bool) -> dict[str, Any]:
-    """Inputs and arguments; with shared_lags those that "lags" accepts."""
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    """Inputs and arguments."""
     dims = draw(st.integers(1, 3))
     largest = {1: 12, 2: 8, 3: 5}[dims]
 
@@ -75,9 +76,7 @@ def convolutions(draw: st.DrawFn, *, shared_lags: bool) -> dict[str, Any]:
         return tuple(draw(st.integers(low, high)) for _ in range(dims))
 
     space, kernel, dilation = sizes(1, largest), sizes(1, 4 - (dims > 2)), sizes(1, 3)
-    stride = sizes(1, 3)
-    if shared_lags:
-        stride = tuple(s if k == 1 else 1 for s, k in zip(stride, kernel, strict=True))
+    stride = draw(st.sampled_from([(1,) * dims, sizes(1, 3)]))
     mode = draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
     most = [{"circular": n, "reflect": n - 1}.get(mode, 4) for n in space]
     form = draw(st.sampled_from(["pairs", "tuple", "integer", "SAME", "valid"]))
@@ -129,27 +128,34 @@ def expected_of(case: dict[str, Any]) -> Tensor:
 
 
 @settings(deadline=None, max_examples=200)
-@given(convolutions(shared_lags=True))
+@given(convolutions())
 def test_lags_match_formed_patches(case: dict[str, Any]) -> None:
     ours = patch_second_moment(**case, method="lags")
     assert_agree(ours, expected_of(case), floor=energy(case))
 
 
+@settings(deadline=None, max_examples=200)
+@given(convolutions())
+def test_slices_match_formed_patches(case: dict[str, Any]) -> None:
+    ours = patch_second_moment(**case, method="slices")
+    assert_agree(ours, expected_of(case), floor=energy(case))
+
+
 @settings(deadline=None, max_examples=150)
-@given(convolutions(shared_lags=False))
+@given(convolutions())
 def test_chunks_match_formed_patches(case: dict[str, Any]) -> None:
     assert_agree(patch_second_moment(**case, method="chunks"), expected_of(case))
 
 
 @settings(deadline=None, max_examples=100)
-@given(convolutions(shared_lags=False))
+@given(convolutions())
 def test_auto_matches_formed_patches(case: dict[str, Any]) -> None:
     ours = patch_second_moment(**case)
     assert_agree(ours, expected_of(case), floor=energy(case))
 
 
 @settings(deadline=None, max_examples=60)
-@given(convolutions(shared_lags=True), st.sampled_from(METHODS))
+@given(convolutions(), st.sampled_from(METHODS))
 def test_symmetric_and_positive(case: dict[str, Any], method: str) -> None:
     moment = patch_second_moment(**case, method=method)
     assert torch.equal(moment, moment.mT)
@@ -158,7 +164,7 @@ def test_symmetric_and_positive(case: dict[str, Any], method: str) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(convolutions(shared_lags=True), st.sampled_from(METHODS))
+@given(convolutions(), st.sampled_from(METHODS))
 def test_bias_entries(case: dict[str, Any], method: str) -> None:
     with_bias = patch_second_moment(**{**case, "has_bias": True}, method=method)
     without = patch_second_moment(**{**case, "has_bias": False}, method=method)
@@ -243,21 +249,23 @@ def test_chunk_boundaries_down_to_one_row(
     assert_agree(moment, expected)
 
 
-@pytest.mark.parametrize("method", ["chunks", "lags"])
+@pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("size", [1, 500, 4000])
 def test_small_pieces_of_work(
     monkeypatch: pytest.MonkeyPatch, method: str, size: int
 ) -> None:
     inputs = torch.randn(7, 6, 9, 8, dtype=torch.float64)
     whole = patch_second_moment(inputs, 3, padding=1, groups=2, method=method)
-    for name in ("_PATCH_BYTES", "_SPECTRUM_BYTES", "_CACHE_BYTES"):
-        monkeypatch.setattr(patch_moments, name, size)
+    monkeypatch.setattr(patch_moments, "_PATCH_BYTES", size)
+    monkeypatch.setattr(patch_lags, "_SPECTRUM_BYTES", size)
+    for module in (patch_lags, gram):
+        monkeypatch.setattr(module, "_CACHE_BYTES", size)
     pieces = patch_second_moment(inputs, 3, padding=1, groups=2, method=method)
     assert_agree(pieces, whole)
 
 
 @settings(deadline=None, max_examples=40)
-@given(convolutions(shared_lags=True), st.sampled_from(METHODS), st.integers(1, 3))
+@given(convolutions(), st.sampled_from(METHODS), st.integers(1, 3))
 def test_batch_splitting(case: dict[str, Any], method: str, first: int) -> None:
     inputs = case.pop("inputs")
     whole = patch_second_moment(inputs, **case, method=method)
@@ -323,15 +331,18 @@ def test_inputs_are_left_alone_whatever_their_layout(method: str) -> None:
         assert torch.equal(inputs, before)
 
 
-def test_auto_takes_lags_where_they_pay() -> None:
+def test_auto_takes_what_pays() -> None:
     def choice(channels: int, size: int, batch: int, k: int = 3, s: int = 1) -> str:
         inputs = torch.empty(batch, channels, size, size)
         sizes = {"kernel_size": k, "stride": s, "dilation": 1}
-        conv = patch_moments._describe(inputs, sizes, "SAME", 1, "zeros")
+        conv = patch_moments.describe(inputs, sizes, "SAME", 1, "zeros")
         return patch_moments._choose(conv, "auto")
 
     assert choice(64, 32, 128) == "lags"
     assert choice(256, 8, 128) == "lags"
+    assert choice(3, 112, 16, k=7, s=2) == "lags"
+    assert choice(64, 4, 512) == "slices"
+    assert choice(3, 32, 128) == "slices"
     assert choice(64, 32, 128, s=2) == "chunks"
     assert choice(64, 32, 128, k=1) == "chunks"
     assert choice(16, 4, 1) == "chunks"
@@ -384,7 +395,6 @@ def test_padding_forms() -> None:
         ({"dilation": (1,)}, r"dilation must be .*got \(1,\)"),
         ({"padding": 6, "padding_mode": "reflect"}, "too large.*'reflect'"),
         ({"padding": 7, "padding_mode": "circular"}, "too large.*'circular'"),
-        ({"stride": (1, 2), "method": "lags"}, r"stride 1 .*got .*stride \(1, 2\)"),
     ],
 )
 def test_error_messages(arguments: dict[str, Any], message: str) -> None:
@@ -406,3 +416,32 @@ def test_largest_padding_of_each_mode_is_accepted(mode: str) -> None:
     ours = patch_second_moment(inputs, 3, padding=most, padding_mode=mode)
     expected = formed(inputs, (3,), (1,), ((most, most),), (1,), padding_mode=mode)
     assert_agree(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "channels", "size", "kernel", "stride"),
+    [
+        ("chunks", 16, 28, 3, 2),
+        ("lags", 16, 28, 5, 1),
+        ("lags", 3, 56, 7, 2),
+        ("slices", 16, 7, 3, 1),
+        ("slices", 3, 32, 3, 1),
+    ],
+)
+def test_memory_is_a_sixth_of_the_patches(
+    method: str, channels: int, size: int, kernel: int, stride: int
+) -> None:
+    x = torch.randn(64, channels, size, size)
+
+    def run() -> Tensor:
+        padding = kernel // 2
+        return patch_second_moment(x, kernel, stride, padding, method=method)
+
+    run()  # what is computed once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        result = run()
+    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    patches = 64 * channels * (kernel * (size // stride)) ** 2 * 4
+    assert len(sizes) > 1
+    assert max(itertools.accumulate(sizes)) - result.nbytes <= patches / 6

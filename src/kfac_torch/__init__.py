@@ -23,6 +23,7 @@ from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
 from .options import QModel as QModel, TrustRegion as TrustRegion
 from .preconditioner import KFACPreconditioner as KFACPreconditioner
+from .refresh_schedule import Refresh as Refresh
 from .size_limit import SizeLimit as SizeLimit
 
 __all__ = (
@@ -36,6 +37,7 @@ __all__ = (
     "Layers",
     "LevenbergMarquardt",
     "QModel",
+    "Refresh",
     "RelativeDamping",
     "SizeLimit",
     "TrustRegion",

@@ -268,7 +268,7 @@ class Capture:
 
     @contextmanager
     def apart(self) -> Iterator[list[LayerCall]]:
-        """Record a forward for oneself: in any mode, and no capture takes it for the user's.
+        """Record a forward for oneself, in any mode; no capture takes it for the user's.
 
         The list that is yielded has the calls when it is over.
         """

@@ -307,7 +307,9 @@ class RelativeDamping:
     """
 
     damping: float | Callable[[int], float] | LevenbergMarquardt = field(
-        default_factory=lambda: LevenbergMarquardt(initial=0.1, min_damping=1e-3)
+        default_factory=lambda: LevenbergMarquardt(
+            initial=0.1, min_damping=1e-3, interval=6
+        )
     )
 
     def __post_init__(self) -> None:

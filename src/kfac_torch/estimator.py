@@ -24,7 +24,7 @@ since the last update are merged as if they had been one batch. Left out: when t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from .fisher_factors.base import check_choice
 from .forwards import Forward, Forwards, LossPart, without_nan
 from .health import SCALE, Health, HealthLedger
 from .layer_collection import LayerCollection
-from .loss_check import describe_mismatch
+from .loss_check import UserLoss
 from .loss_functions import LossFunction
 from .options import ESTIMATION_MODES, Statistics
 from .replay import Replays
@@ -140,11 +140,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self._mode = estimation_mode.mode
         self.seed = seed
         self._generator: torch.Generator | None = None
-        # What the check of the loss found, for the empirical mode.
-        self._summed = self.sums_gradients
-        self._gradient_factor = 1.0
-        self._averages_all = False  # over all micro-batches of a step together
-        self._averages_each = False
+        self._user_loss = UserLoss(summed=self.sums_gradients)
         try:
             for block in self.blocks.values():
                 block.instantiate_factors(damping)
@@ -204,12 +200,12 @@ class FisherEstimator(BlockProducts, UpdateThunks):
 
     def batch_loss(self) -> BatchLoss:
         """Return the loss of the forwards whose backward has run since `reset`."""
-        undeclared = self._summed and not self.sums_gradients
+        undeclared = self._user_loss.summed and not self.sums_gradients
         return BatchLoss(
             self._forwards.arrived,
             sums=self.sums_gradients,
-            factor=self.num_terms if undeclared else self._gradient_factor,
-            means_each=self._averages_each,
+            factor=self.num_terms if undeclared else self._user_loss.factor,
+            means_each=self._user_loss.averages_each,
             scale=self._capture.gradient_scale(),
         )
 
@@ -365,22 +361,9 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         if scale is None:
             return
         reduction = self.layers.reduction
-        terms = 1 if reduction == "sum" else part.terms
-        factor = scale.item() * terms / part.coeff
-        share = part.terms / all_terms
-        if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
-            self._averages_all = True  # gradients are accumulated as one batch's
-            return
-        self._averages_each = share < 1 and abs(factor - 1) < 0.01
-        empirical = self._mode == "empirical"
-        message, sums = describe_mismatch(part.loss, reduction, factor, empirical)
-        if message is None:
-            return
-        warnings.warn(message, stacklevel=6)
-        if sums:
-            self._summed = True
-        elif factor == factor:  # not NaN
-            self._gradient_factor = factor
+        factor = scale.item() * (1 if reduction == "sum" else part.terms) / part.coeff
+        share, empirical = part.terms / all_terms, self._mode == "empirical"
+        self._user_loss.see(part.loss, reduction, factor, share, empirical)
 
     def has_statistics(self) -> bool:
         """Whether anything was gathered since the last update."""
@@ -463,9 +446,9 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             self._forwards.take_arrived(),
             self.blocks,
             self._capture.param_grads,
-            sums=self._summed,
-            averages_all=self._averages_all,
-            factor=self._gradient_factor,
+            sums=self._user_loss.summed,
+            averages_all=self._user_loss.averages_all,
+            factor=self._user_loss.factor,
             scale=self._scale,
         ):
             self._add_moments(moments)
@@ -479,14 +462,22 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             for factor in block.factors
         )
 
-    def update_inverses(self) -> None:
-        """Refresh every stored inverse from the current factors.
+    def update_inverses(self, layers: Collection[str] | None = None) -> None:
+        """Refresh every stored inverse, or those of some layers, from the current factors.
 
         Raises:
+            ValueError: a layer that there is not.
             torch.linalg.LinAlgError: a damped factor is singular on every rung of the
                 ladder, and has no inverse to keep (any more); nothing is changed.
         """
-        self._refresh(self.blocks.values())
+        unknown = set(layers or ()) - set(self.blocks)
+        if unknown:
+            raise ValueError(
+                f"update_inverses: expected layers of {', '.join(self.blocks)}; got "
+                f"{', '.join(sorted(unknown))}"
+            )
+        named = self.blocks.items()
+        self._refresh(b for name, b in named if layers is None or name in layers)
 
     def _refresh(self, blocks: Iterable[FisherBlock], index: int | None = None) -> None:
         ready = [block for block in blocks if block.has_statistics]
@@ -534,11 +525,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             "generator": self._generator and self._generator.get_state(),
             "generator_device": self._generator and self._generator.device.type,
             "loss_checked": self.loss_checked,
-            "summed": self._summed,
-            "gradient_factor": self._gradient_factor,
-            "averages_all": self._averages_all,
+            "user_loss": vars(self._user_loss).copy(),
             "health": self.ledger.state_dict(),
-            "averages_each": self._averages_each,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -578,11 +566,8 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self._replays.stride = state["stride"]
         self._replays.taken = state["replays"]
         self.loss_checked = state["loss_checked"]
-        self._summed = state["summed"]
-        self._gradient_factor = state["gradient_factor"]
-        self._averages_all = state["averages_all"]
+        self._user_loss = UserLoss(**state["user_loss"])
         self.ledger.load_state_dict(state["health"])
-        self._averages_each = state["averages_each"]
         self._generator = None
         if state["generator"] is None:
             pass

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .blocked import LEAST_SIZE, cholesky_in_place, inverse_of_cholesky
+
 JITTERS = (1e-8, 1e-6, 1e-4)
 """Multiples of the mean diagonal, tried one after the other."""
 
@@ -81,17 +83,45 @@ class Rescue:
     jitter: float = 0.0
 
 
+class Workspace:
+    """Memory that one computation after the other uses.
+
+    >>> workspace = Workspace()
+    >>> first = workspace.take((2, 3), torch.float32, torch.device("cpu"))
+    >>> again = workspace.take((3,), torch.float32, torch.device("cpu"))
+    >>> first.data_ptr() == again.data_ptr()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a tensor with any content; what was taken before is lost."""
+        number, key = math.prod(shape), (dtype, device)
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < number:
+            memory = torch.empty(number, dtype=dtype, device=device)
+            self._memory[key] = memory
+        return memory[:number].view(*shape)
+
+
 class DampedCholesky:
     """The Cholesky factorisation of `C + λI`, from which several functions are made.
 
     Args:
-        C: `[..., n, n]`, symmetric PSD.
+        C: `[..., n, n]`, symmetric PSD; or a list of such of one shape, which are stacked.
         damping: `λ >= 0`, a number or a tensor of shape `[...]`, in units of `C`.
         names: one name for each member of the (flattened) batch, for the error.
         partial: let the members that no rung rescues be listed in `failures`, with
             meaningless results, rather than raise.
+        workspace: whose memory to use, until it is taken for something else.
+        settled: False leaves `settle` to the caller.
 
     Attributes:
+        regular: whether each member of the flattened batch needs no rescue.
         rescues: by index in the flattened batch, the members that climbed the ladder.
         failures: by index, the error of each member that cannot be factorised.
 
@@ -109,42 +139,87 @@ class DampedCholesky:
 
     def __init__(
         self,
-        C: Tensor,
+        C: Tensor | Sequence[Tensor],
         damping: Tensor | float = 0.0,
         names: Sequence[str] | None = None,
         *,
         partial: bool = False,
+        workspace: Workspace | None = None,
+        settled: bool = True,
     ) -> None:
-        self._shape = C.shape
-        members = C.reshape(-1, *C.shape[-2:])
-        dampings = torch.as_tensor(damping, dtype=C.dtype, device=C.device)
-        dampings = dampings.expand(C.shape[:-2]).reshape(-1)
-        L, regular = _cholesky(add_damping(members, dampings))
-        self._L = L
+        given = [C] if isinstance(C, Tensor) else C
+        self._given, self._names, self._partial = given, names, partial
+        like = given[0]
+        self._shape = like.shape if isinstance(C, Tensor) else (len(C), *like.shape)
+        room = (workspace or Workspace()).take(self._shape, like.dtype, like.device)
+        if isinstance(C, Tensor):
+            room.copy_(C)
+        else:
+            torch.stack(list(C), out=room)
+        self._dampings = torch.as_tensor(damping, dtype=like.dtype, device=like.device)
+        self._dampings = self._dampings.expand(self._shape[:-2]).reshape(-1)
+        damped = room.view(-1, *like.shape[-2:])
+        damped.diagonal(dim1=-2, dim2=-1).add_(self._dampings.unsqueeze(-1))
+        # A factorisation reads the lower triangle alone, and sees no NaN in the upper one.
+        finite = damped.sum((-2, -1)).isfinite()
+        self._L, regular = _cholesky(damped, in_place=True)
+        self.regular = regular & finite
         self._rescued: dict[int, Tensor] = {}  # `L` in float64
         self.rescues: dict[int, Rescue] = {}
         self.failures: dict[int, torch.linalg.LinAlgError] = {}
-        # A factorisation reads the lower triangle alone, and sees no NaN in the upper one.
-        regular = regular & _all_finite(members)
-        # The one host read of a refresh.
-        for i in (~regular).nonzero().flatten().tolist():
-            found = _climb(members[i], dampings[i].item())
-            if found is None:
-                name = names[i] if names else f"number {i}"
-                self.failures[i] = _singular(members[i], dampings[i].item(), name)
-                if not partial:
-                    raise self.failures[i]
-            else:
-                self._rescued[i], self.rescues[i] = found
-            L[i] = torch.eye(L.shape[-1])  # so that batched calls do not stumble over it
+        if settled:
+            self.settle(self.regular.tolist())  # the one host read of a factorisation
+
+    def settle(self, regular: Sequence[bool]) -> None:
+        """Send those members up the ladder that need it.
+
+        Args:
+            regular: the attribute, read by the host.
+
+        Raises:
+            torch.linalg.LinAlgError: as the class.
+        """
+        for i, fine in enumerate(regular):
+            if not fine:
+                self._rescue(i)
+
+    def _rescue(self, i: int) -> None:
+        members = [C.reshape(-1, *C.shape[-2:]) for C in self._given]
+        C = members[i // len(members[0])][i % len(members[0])]
+        damping = self._dampings[i].item()
+        found = _climb(C, damping)
+        if found is None:
+            name = self._names[i] if self._names else f"number {i}"
+            self.failures[i] = _singular(C, damping, name)
+            if not self._partial:
+                raise self.failures[i]
+        else:
+            self._rescued[i], self.rescues[i] = found
+        # So that batched calls do not stumble over it.
+        self._L[i] = torch.eye(len(C), dtype=C.dtype, device=C.device)
 
     def inverse(self) -> Tensor:
         """Return `(C + λI)⁻¹`, `[..., n, n]`."""
+        result = torch.empty(self._shape, dtype=self._L.dtype, device=self._L.device)
+        flat = result.view(-1, *self._shape[-2:])
+        if len(flat) == 1 and not self._rescued and _is_large(flat):
+            inverse_of_cholesky(self._L[0], flat[0])
+            return result
         return self._each(torch.cholesky_inverse)
+
+    def write_inverse(self, outs: Sequence[Tensor | None]) -> None:
+        """Write the inverse of each of the list `C` over a tensor of its shape, if any."""
+        if len(outs) == 1 and outs[0] is not None and outs[0].dim() == 2:
+            if _is_large(self._L) and not self._rescued:
+                inverse_of_cholesky(self._L[0], outs[0])
+                return
+        for out, value in zip(outs, self.inverse(), strict=True):
+            if out is not None:
+                out.copy_(value)
 
     def lower(self) -> Tensor:
         """Return `L`, lower triangular with `L Lᵀ = C + λI`."""
-        return self._each(torch.clone)
+        return self._each(torch.tril)
 
     def lower_inverse(self) -> Tensor:
         """Return `L⁻¹`, lower triangular."""
@@ -154,7 +229,7 @@ class DampedCholesky:
         result = function(self._L)
         for i, L64 in self._rescued.items():
             result[i] = function(L64)
-        return result.view(self._shape)
+        return result.reshape(self._shape)
 
 
 def _climb(C: Tensor, damping: float) -> tuple[Tensor, Rescue] | None:
@@ -223,18 +298,29 @@ def psd_cholesky(
     return DampedCholesky(C, damping, names).lower()
 
 
-def _cholesky(C: Tensor) -> tuple[Tensor, Tensor]:
-    """`L` and whether each member is positive definite beyond rounding error."""
+def _cholesky(C: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """`L`, whose lower triangle counts, and whether each member is positive definite
+    beyond rounding error; maybe in the memory of `C`.
+    """
+    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    # A rank-deficient matrix may slip through with a last pivot of pure rounding error.
+    rounding = _rounding(diagonal)
+    # And the inverse of a subnormal pivot is none.
+    rounding = rounding.clamp(min=torch.finfo(C.dtype).tiny)
     try:
-        L, info = torch.linalg.cholesky_ex(C)
+        if in_place and len(C) == 1 and _is_large(C):
+            L, info = (result.unsqueeze(0) for result in cholesky_in_place(C[0]))
+        else:
+            L, info = torch.linalg.cholesky_ex(C)
     except torch.linalg.LinAlgError:  # of the whole batch: each member has its own try
         return torch.zeros_like(C), C.new_zeros(C.shape[:-2], dtype=torch.bool)
     pivots = L.diagonal(dim1=-2, dim2=-1).square()
-    # A rank-deficient matrix may slip through with a last pivot of pure rounding error.
-    rounding = _rounding(C.diagonal(dim1=-2, dim2=-1))
-    # And the inverse of a subnormal pivot is none.
-    rounding = rounding.clamp(min=torch.finfo(C.dtype).tiny)
     return L, (info == 0) & (pivots.amin(-1) > rounding) & pivots.isfinite().all(-1)
+
+
+def _is_large(C: Tensor) -> bool:
+    """Whether one matrix is so large that it is done by halves; on accelerators none."""
+    return C.shape[-1] >= LEAST_SIZE and C.device.type == "cpu"
 
 
 def _rounding(values: Tensor) -> Tensor:
@@ -303,6 +389,29 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
     fine = finite[..., None, None]
     e = torch.where(fine.squeeze(-1), e.clamp(min=floor), torch.nan)
     return e, torch.where(fine, V, torch.nan)
+
+
+def off_diagonal_share(C: Tensor, Q: Tensor) -> Tensor:
+    """Return the share of `M = Qᵀ C Q` beside its diagonal `a`, by the Frobenius norm.
+
+    That is the relative error of `Q diag(a) Qᵀ`, with one product of `n³`: `‖M‖ = ‖C‖`.
+
+    Args:
+        C: `[..., n, n]`, symmetric PSD.
+        Q: orthogonal.
+
+    Returns:
+        0-dim; the largest of a stack. Not finite where `C` is not.
+
+    >>> off_diagonal_share(torch.tensor([[3.0, 0.1], [0.1, 4.0]]), torch.eye(2))
+    tensor(0.0283)
+    """
+    a = (Q * (C @ Q)).sum(-2)
+    square = torch.linalg.matrix_norm(C).square()
+    # Of the zero matrix there is nothing beside the diagonal.
+    rest = (square - a.square().sum(-1)).clamp(min=0)
+    share = rest / square.clamp(min=torch.finfo(C.dtype).tiny)
+    return share.sqrt().amax()
 
 
 def _all_finite(C: Tensor) -> Tensor:

@@ -7,8 +7,57 @@ declared loss. Left out: how `c` is found (`gradient_scale` of a loss function).
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import dataclass
 
 from .loss_functions import LossFunction
+
+
+@dataclass
+class UserLoss:
+    """What the gradient at the network output has shown of the user's loss.
+
+    Args:
+        summed: whether it is a sum over loss terms, not a mean.
+        factor: `c`.
+        averages_all: whether the losses of all micro-batches are parts of one mean.
+        averages_each: whether each is a mean of its own.
+    """
+
+    summed: bool = False
+    factor: float = 1.0
+    averages_all: bool = False
+    averages_each: bool = False
+
+    def see(
+        self,
+        loss: LossFunction,
+        reduction: str | None,
+        factor: float,
+        share: float,
+        empirical: bool,
+    ) -> None:
+        """Take note of a factor; warn, once, where it is not as declared.
+
+        Args:
+            loss: the declared loss.
+            reduction: see `describe_mismatch`.
+            factor: `c`; NaN where no target could give such a gradient.
+            share: of the micro-batch in the loss terms of the step.
+            empirical: see `describe_mismatch`.
+        """
+        if reduction != "sum" and share < 1 and abs(factor / share - 1) < 0.01:
+            self.averages_all = True  # gradients are accumulated as one batch's
+            return
+        self.averages_each = share < 1 and abs(factor - 1) < 0.01
+        message, sums = describe_mismatch(loss, reduction, factor, empirical)
+        if message is None:
+            return
+        warnings.warn(message, stacklevel=7)
+        if sums:
+            self.summed = True
+        elif not math.isnan(factor):
+            self.factor = factor
 
 
 def describe_mismatch(

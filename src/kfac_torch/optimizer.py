@@ -42,6 +42,7 @@ from .loss_functions import LossFactory
 from .optimizer_state import NamedState
 from .options import (
     Damping,
+    Pace,
     QModel,
     Statistics,
     TrustRegion,
@@ -52,6 +53,7 @@ from .options import (
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .recording import Recorder, watch_scale
+from .refresh_schedule import Refresh, as_refresh
 from .rejection import Before
 from .steps import StepRecord
 from .trials import Trial
@@ -77,8 +79,8 @@ class KFAC(NamedState):
     (and no factor, if statistics are due): the step is left out and counted, the first one
     with a RuntimeWarning. A factor that cannot be factorised climbs a ladder of rescues,
     or keeps its last good inverse for a while; `health()` has all counts. The host reads
-    one number of the device per step, one more where statistics are due, and one for each
-    distinct size of a factor where inverses are.
+    one number of the device per step, one more where statistics are due, and one
+    where inverses are.
 
     Args:
         model: the root module, or what `torch.compile` made of it; the loss must be a
@@ -123,8 +125,8 @@ class KFAC(NamedState):
             of examples) or `"empirical"` (the user's own targets).
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
-        invert_every: steps between refreshes of the inverses; the first three steps
-            refresh them too.
+        invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
+            options; the first three steps refresh them too.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
         approx: an approximation for all layers that have it, or for each by name, type or
@@ -170,10 +172,10 @@ class KFAC(NamedState):
         weight_decay: float = 0.0,
         norm_constraint: float | str | TrustRegion | None = "auto",
         momentum_type: str | QModel | None = None,
-        estimation_mode: str | Statistics = "gradients",
-        cov_ema_decay: float = 0.95,
-        cov_update_every: int = 1,
-        invert_every: int = 5,
+        estimation_mode: str | Statistics | None = None,
+        cov_ema_decay: float | None = None,
+        cov_update_every: int | None = None,
+        invert_every: int | Refresh | None = None,
         num_burnin_steps: int = 0,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
@@ -190,8 +192,14 @@ class KFAC(NamedState):
             weight_decay=weight_decay,
             norm_constraint=norm_constraint,
         )
-        check_count("cov_update_every", cov_update_every, 1)
-        check_count("invert_every", invert_every, 1)
+        pace = Pace.resolve(
+            momentum_type is None and lr is None,
+            estimation_mode,
+            cov_ema_decay,
+            cov_update_every,
+            invert_every,
+        )
+        refresh = as_refresh(pace.invert_every)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
@@ -208,29 +216,29 @@ class KFAC(NamedState):
         self._announced = {name for name in names.values() if layers.is_chosen(name)}
         region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
         with loss_taken_back(layers, loss):
-            self._watch(layers, cov_ema_decay, estimation_mode, chosen, region)
+            self._watch(layers, pace, chosen, region)
         self._schedule = Schedule(
             self.estimator,
-            cov_update_every=cov_update_every,
-            invert_every=invert_every,
+            cov_update_every=pace.cov_update_every,
+            invert_every=refresh,
             num_burnin_steps=num_burnin_steps,
+            early_updates=pace.early_updates,
         )
 
     def _watch(
         self,
         layers: LayerCollection,
-        cov_ema_decay: float,
-        estimation_mode: str | Statistics,
+        pace: Pace,
         chosen: str | QModel,
         region: TrustRegion | None,
     ) -> None:
         """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
             None,
-            cov_ema_decay,
+            pace.cov_ema_decay,
             lambda: self._updates.total_damping(),
             layers,
-            estimation_mode=estimation_mode,
+            estimation_mode=pace.statistics,
         )
         try:
             self._updates = UpdateRule(

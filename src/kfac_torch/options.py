@@ -19,6 +19,10 @@ ESTIMATION_MODES = ("gradients", "empirical", "curvature_prop", "exact")
 MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
 MOMENTUM = 0.9
 NORM_CONSTRAINT = 1e-3
+# Decay of the factors' average, steps between statistics, between refreshes.
+_AUTOMATIC = 0.8, 3, 6
+_CLASSIC = 0.95, 10, 10
+_EARLY_UPDATES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,60 @@ Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
 
 def automatic() -> QModel:
     """Return the momentum type of an optimizer that was given no `lr`."""
-    return QModel(batch_fraction=0.25, min_terms=256, max_momentum=0.95)
+    return QModel(batch_fraction=0.125, min_terms=128, max_momentum=0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often, and of how much, the curvature is estimated: what each None stands for.
+
+    The first steps change most; statistics are taken at each of them. A fixed step size
+    bears older factors than one that the quadratic model finds.
+
+    >>> Pace.resolve(automatic=True)  # doctest: +NORMALIZE_WHITESPACE
+    Pace(statistics=Statistics(mode='gradients', batch_fraction=0.25, min_terms=128),
+         cov_ema_decay=0.8, cov_update_every=3, invert_every=6, early_updates=10)
+    >>> Pace.resolve(automatic=True, estimation_mode="exact", cov_update_every=2)
+    Pace(statistics=Statistics(mode='exact', batch_fraction=1.0, min_terms=1),
+         cov_ema_decay=0.8, cov_update_every=2, invert_every=6, early_updates=0)
+    """
+
+    statistics: Statistics
+    cov_ema_decay: float
+    cov_update_every: int
+    invert_every: Any
+    early_updates: int
+
+    @classmethod
+    def resolve(
+        cls,
+        automatic: bool,
+        estimation_mode: str | Statistics | None = None,
+        cov_ema_decay: float | None = None,
+        cov_update_every: int | None = None,
+        invert_every: Any = None,
+    ) -> Pace:
+        """Return what is meant, defaults filled in.
+
+        Raises:
+            ValueError: a mode or an interval that there is not.
+        """
+        early = _EARLY_UPDATES if cov_update_every is None else 0
+        decay, covs, inverses = _AUTOMATIC if automatic else _CLASSIC
+        if estimation_mode is None:
+            estimation_mode = Statistics(batch_fraction=0.25, min_terms=128)
+        elif isinstance(estimation_mode, str):
+            check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
+            estimation_mode = Statistics(mode=estimation_mode)
+        covs = covs if cov_update_every is None else cov_update_every
+        check_count("cov_update_every", covs, 1)
+        return cls(
+            statistics=estimation_mode,
+            cov_ema_decay=decay if cov_ema_decay is None else cov_ema_decay,
+            cov_update_every=covs,
+            invert_every=inverses if invert_every is None else invert_every,
+            early_updates=early,
+        )
 
 
 def resolve(

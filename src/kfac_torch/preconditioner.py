@@ -39,6 +39,7 @@ from .preconditioning import (
     ready_blocks,
 )
 from .recording import watch_scale
+from .refresh_schedule import Refresh, as_refresh
 
 _STATE_VERSION = 1
 _LEFT_OUT = (
@@ -67,8 +68,8 @@ class KFACPreconditioner:
         estimation_mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`.
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
-        invert_every: steps between refreshes of the inverses; the first three steps
-            refresh them too.
+        invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
+            options; the first three steps refresh them too.
         norm_constraint: `c`, in nats of squared Fisher norm: a limit on the step that the
             optimizer would make of this gradient alone, `η² κ² pᵀF̂p <= c` (`KFAC` has
             1e-3); each `step` is told `η` then. None is for no limit, as suits optimizers
@@ -110,7 +111,7 @@ class KFACPreconditioner:
         estimation_mode: str = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
-        invert_every: int = 5,
+        invert_every: int | Refresh = 5,
         norm_constraint: float | None = None,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
@@ -127,7 +128,7 @@ class KFACPreconditioner:
                 f"{norm_constraint!r}"
             )
         check_count("cov_update_every", cov_update_every, 1)
-        check_count("invert_every", invert_every, 1)
+        invert_every = as_refresh(invert_every)
         self.damping = damping_at(given, 0)
         self.damping_unit: float | None = None
         self.norm_constraint = norm_constraint

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
+from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_tolerance
 
 _COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
@@ -32,16 +33,20 @@ class Schedule:
     Args:
         estimator: of the Fisher.
         cov_update_every: steps between statistics.
-        invert_every: steps between refreshes of the inverses.
+        invert_every: steps between refreshes of the inverses, or a `Refresh`.
         num_burnin_steps: the first steps, which only gather statistics.
+        early_updates: of the steps after them, that take statistics whatever the interval.
 
     Attributes:
         options: what it was made with, by name.
         num_steps: taken, burn-in not counted.
         num_burnt: steps of burn-in taken.
-        inverses_due: whether the inverses are to be refreshed.
+        plan: which layers are refreshed when.
+        inverses_due: whether all inverses are to be refreshed; staggered, or those of
+            layers with a basis of EKFAC, in their turn.
+        layers_due: whose turn has come.
         last_update: the step at which statistics last entered the factors, if known.
-        last_refresh: the step at which the inverses were refreshed, if known.
+        last_refresh: the last step at which inverses were refreshed, if known.
     """
 
     def __init__(
@@ -49,19 +54,26 @@ class Schedule:
         estimator: FisherEstimator,
         *,
         cov_update_every: int,
-        invert_every: int,
+        invert_every: int | Refresh,
         num_burnin_steps: int = 0,
+        early_updates: int = 0,
     ) -> None:
         self._estimator = estimator
+        self._refresh = refresh = as_refresh(invert_every)
+        every = refresh.every
+        self.plan = RefreshPlan(estimator.blocks, refresh)
+        set_tolerance(estimator.blocks, refresh)
         self.options = {
             "cov_update_every": cov_update_every,
-            "invert_every": invert_every,
+            "invert_every": every if refresh == Refresh(every=every) else refresh,
             "num_burnin_steps": num_burnin_steps,
+            "early_updates": early_updates,
         }
         self._collected = False
         self.num_steps = 0
         self.num_burnt = 0
         self.inverses_due = True
+        self.layers_due: list[str] = []
         self.last_update: int | None = None
         self.last_refresh: int | None = None
 
@@ -72,9 +84,21 @@ class Schedule:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the inverses are due: by their age, or as one of the first ones."""
-        early = self.num_steps < _EARLY_REFRESHES
-        return self.inverses_due or early or self._estimator.has_new_layers()
+        """Whether inverses are due: by their age, or as some of the first ones."""
+        return bool(self._due())
+
+    def _due(self) -> list[str]:
+        """The layers whose inverses are due."""
+        blocks = self._estimator.blocks
+        if self.num_steps < _EARLY_REFRESHES:
+            return list(blocks)
+        due = set(self.layers_due)
+        if self._estimator.has_new_layers():
+            due.update(name for name, block in blocks.items() if is_new(block))
+        if self.inverses_due and not self._refresh.staggered:
+            # On a layer whose basis has an interval of its own λ acts at once.
+            due.update(n for n in blocks if self.plan.periods[n] == self._refresh.every)
+        return [name for name in blocks if name in due]
 
     def of_mean_loss(self, grads: list[Tensor]) -> tuple[list[Tensor], float]:
         """Return gradients of the mean loss, and what they were divided by for that."""
@@ -103,13 +127,14 @@ class Schedule:
         return bad
 
     def refresh(self) -> None:
-        """Refresh the inverses.
+        """Refresh the inverses that are due.
 
         Raises:
             torch.linalg.LinAlgError: a damped factor is singular; nothing is changed.
         """
         with self._estimator.capture.clock.phase("inverses"):
-            self._estimator.update_inverses()
+            self._estimator.update_inverses(self._due())
+        self.layers_due = []
         self.inverses_due, self.last_refresh = False, self.num_steps
 
     def check_statistics(self, caller: str) -> None:
@@ -144,19 +169,26 @@ class Schedule:
         self.num_steps += 1
         if self._collected and good:
             self._estimator.collecting = False
-        if self.num_steps % self.options["cov_update_every"] == 0:
+        early = self.num_steps < self.options["early_updates"]
+        if early or self.num_steps % self.options["cov_update_every"] == 0:
             self._estimator.collecting = True
-        if self.num_steps % self.options["invert_every"] == 0:
+        if not self.plan.is_uniform:
+            # A step that is left out leaves what was due to the next one.
+            new = self.plan.due_at(self.num_steps)
+            self.layers_due += [name for name in new if name not in self.layers_due]
+        elif self.num_steps % self._refresh.every == 0:
             self.inverses_due = True
 
-    def state_dict(self) -> dict[str, int | bool | None]:
-        """Return the counts, as plain data."""
-        return {name: getattr(self, name) for name in _COUNTS}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and what is due, as plain data."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**counts, "layers_due": list(self.layers_due)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name in _COUNTS:
             setattr(self, name, state[name])
+        self.layers_due = list(state.get("layers_due", ()))  # older states have none
 
 
 def dense_gradients(
@@ -179,6 +211,12 @@ def dense_gradients(
         present.append(p)
         grads.append(p.grad)
     return present, grads
+
+
+def is_new(block: FisherBlock) -> bool:
+    """Whether a block has statistics but no inverse yet: its layer was called late."""
+    refreshed = all(factor.is_refreshed for factor in block.factors)
+    return block.has_statistics and not refreshed
 
 
 def ready_blocks(

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..gram import gram
 from ..linalg import symmetrize
 
 TensorLike: TypeAlias = Any
@@ -45,6 +46,8 @@ def compute_cov(
             [ 7., 10.]])
     """
     rows = tensor.shape[0] if normalizer is None else normalizer
+    if tensor_right is None and tensor.dim() == 2:
+        return gram(tensor).div_(rows)
     right = tensor if tensor_right is None else tensor_right
     moment = tensor.mT @ right
     moment /= rows  # rather than the rows themselves: there are more of them

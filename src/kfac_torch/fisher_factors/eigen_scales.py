@@ -21,6 +21,9 @@ non-negative and keep their sum, and an unchanged basis leaves them as they are;
 learned beside K-FAC is kept, which `s_A s_Gᵀ` anew would forget. The squares of a rotation
 are doubly stochastic: between two updates a basis that wanders evens the scales out.
 
+A basis in which its factor is still near enough to diagonal may be kept (`tolerance`): one
+product says how near it is, where a decomposition is the work of six or more.
+
 Left out: sides that are not whole matrices.
 """
 
@@ -32,7 +35,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..linalg import psd_eigh
+from ..linalg import off_diagonal_share, psd_eigh
 from .base import FactorOptions
 from .data import append_homog
 from .diagonal import GRADIENT_BYTES, DiagonalFactor
@@ -51,6 +54,10 @@ class EigenScaleFactor(DiagonalFactor):
         name: for messages and checkpoints.
         options: see `FactorOptions`.
 
+    Attributes:
+        tolerance: the share of a factor beside its diagonal, by norm, up to which a refresh
+            keeps its basis; None decomposes at every refresh.
+
     >>> from kfac_torch.fisher_factors import FullyConnectedKroneckerFactor
     >>> A, G = (FullyConnectedKroneckerFactor([[torch.eye(2)]]) for _ in range(2))
     >>> EigenScaleFactor(A, G, "layer.scales").describe()
@@ -67,6 +74,7 @@ class EigenScaleFactor(DiagonalFactor):
         self._sides = (A, G)
         self._basis = Stored("eigenbasis", 0.0, 0.0)
         self._num_corrections = 0
+        self.tolerance: float | None = None
         super().__init__([[_no_data]], name, options, A._dtype, A._device)
 
     @property
@@ -148,9 +156,13 @@ class EigenScaleFactor(DiagonalFactor):
 
     def compute_stored(self) -> list[Computed]:
         """Return the basis of the current `A` and `G`, and the scales in it."""
+        kept = self._kept()
+        if all(Q is not None for Q in kept):
+            return []
         floor = self._options.eigenvalue_clipping_threshold
         (s_A, Q_A), (s_G, Q_G) = (
-            psd_eigh(side.get_cov(), floor, side.name) for side in self._sides
+            psd_eigh(side.get_cov(), floor, side.name) if Q is None else (Q[..., 0], Q)
+            for side, Q in zip(self._sides, kept, strict=True)
         )
         if self._num_corrections:
             old_A, old_G = self.basis
@@ -160,6 +172,17 @@ class EigenScaleFactor(DiagonalFactor):
             scales = s_A.unsqueeze(-1) * s_G.unsqueeze(-2)
         moved = Stored("scales", 0.0, 0.0, (self._stored_cov(),))
         return [(self._basis, (Q_A, Q_G)), (moved, (scales,))]
+
+    def _kept(self) -> list[Tensor | None]:
+        """The basis of each side that is good enough; reads the host."""
+        # Without corrections the scales are new eigenvalues, which a decomposition gives.
+        if self.tolerance is None or not self._num_corrections:
+            return [None, None]
+        pairs = list(zip(self._sides, self.basis, strict=True))
+        shares = torch.stack([off_diagonal_share(s.get_cov(), Q) for s, Q in pairs])
+        # A NaN is above any tolerance.
+        near = (shares <= self.tolerance).tolist()
+        return [Q if good else None for (_, Q), good in zip(pairs, near, strict=True)]
 
     def make_inverse_update_ops(self) -> list[Callable[[], None]]:
         """Return a callable that brings the scales to the basis of the current factors."""

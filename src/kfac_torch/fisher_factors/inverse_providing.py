@@ -14,44 +14,26 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..damping import DampingFunc, damping_id, evaluate_damping
-from ..linalg import (
-    DampedCholesky,
-    Rescue,
-    add_damping,
-    psd_eigh,
-    psd_power,
-    rescued_power,
-)
+from ..linalg import Rescue, add_damping, psd_eigh, psd_power, rescued_power
 from .base import FisherFactor
-
-Function: TypeAlias = float | str
-"""What is kept of `C + λI`: its power with an exponent, or a function with a name."""
-
-_CHOLESKY = "cholesky"
-_CHOLESKY_INVERSE = "cholesky_inverse"
-
-
-@dataclass
-class Stored:
-    """A registered function of `C + λI`; `tensors` is empty until instantiated."""
-
-    function: Function
-    damping_func: DampingFunc
-    damping_id: Hashable
-    tensors: tuple[Tensor, ...] = ()
-    refreshed: bool = False
-
-
-Computed: TypeAlias = tuple[Stored, tuple[Tensor, ...]]
-"""A registered function and its new value, before it replaces the old one."""
+from .cholesky_batch import (
+    CHOLESKY as _CHOLESKY,
+    CHOLESKY_INVERSE as _CHOLESKY_INVERSE,
+    FROM_CHOLESKY,
+    CholeskyBatch,
+    Computed,
+    Failures,
+    Function,
+    Member,
+    Stored,
+    store,
+)
 
 
 class InverseProvidingFactor(FisherFactor):
@@ -204,9 +186,7 @@ class InverseProvidingFactor(FisherFactor):
         if eigen and self._exponents():
             ops.append(lambda: self._renew(self._powers_by_eigendecomp))
         for wanted in self._by_cholesky(eigen).values():
-            ops.append(
-                lambda wanted=wanted: self._renew(lambda: factorise([(self, wanted)]))
-            )
+            ops.append(lambda wanted=wanted: self._factorise(wanted))
         if self._others():
             ops.append(lambda: self._renew(self._compute_others))
         return ops
@@ -214,6 +194,23 @@ class InverseProvidingFactor(FisherFactor):
     def _renew(self, compute: Callable[[], list[Computed]]) -> None:
         self._rescues = []
         store(compute())
+        self._health.refreshed(self._rescues)
+
+    def _member(self, wanted: Sequence[Stored]) -> Member:
+        """What a Cholesky factorisation takes, for functions of one damping."""
+        damping = self._damping_of(wanted[0].damping_func)
+        damping = torch.as_tensor(damping, dtype=self._dtype, device=self._device)
+        shape = self._matrix_shape
+        return Member(self, self._matrices, shape, damping, wanted, self._rescues)
+
+    def _factorise(self, wanted: Sequence[Stored]) -> None:
+        """Renew functions of one damping by a Cholesky factorisation."""
+        self._rescues = []
+        batch, failed = CholeskyBatch([self._member(wanted)]), Failures()
+        batch.settle(batch.factorise().tolist(), failed)
+        for error in failed.values():
+            raise error
+        batch.write(failed)
         self._health.refreshed(self._rescues)
 
     @property
@@ -248,7 +245,7 @@ class InverseProvidingFactor(FisherFactor):
 
     def _by_cholesky(self, eigen: bool) -> dict[Hashable, list[Stored]]:
         """By damping: what one Cholesky factorisation of `C + λI` gives."""
-        direct = (_CHOLESKY, _CHOLESKY_INVERSE) if eigen else tuple(_FROM_CHOLESKY)
+        direct = (_CHOLESKY, _CHOLESKY_INVERSE) if eigen else tuple(FROM_CHOLESKY)
         groups = defaultdict(list)
         for stored in self._instantiated():
             if stored.function in direct:
@@ -260,7 +257,7 @@ class InverseProvidingFactor(FisherFactor):
         return [
             stored
             for stored in self._instantiated()
-            if isinstance(stored.function, str) and stored.function not in _FROM_CHOLESKY
+            if isinstance(stored.function, str) and stored.function not in FROM_CHOLESKY
         ]
 
     def _compute_others(self) -> list[Computed]:
@@ -502,63 +499,6 @@ class InverseProvidingFactor(FisherFactor):
 
 
 DenseSquareMatrixFactor = InverseProvidingFactor  # its name after r1.8
-
-
-Failures: TypeAlias = dict[FisherFactor, torch.linalg.LinAlgError]
-"""Factors that no rung of the ladder factorises, and why."""
-
-_FROM_CHOLESKY = MappingProxyType(
-    {
-        -1.0: DampedCholesky.inverse,
-        _CHOLESKY: DampedCholesky.lower,
-        _CHOLESKY_INVERSE: DampedCholesky.lower_inverse,
-    }
-)
-
-
-def factorise(
-    batch: list[tuple[InverseProvidingFactor, list[Stored]]],
-    failed: Failures | None = None,
-) -> list[Computed]:
-    """Factorise same-size factors in one call, and compute what is wanted of each.
-
-    Each member wants the same functions, of one damping. Factors without a factorisation
-    are added to `failed`, with meaningless results; None raises.
-    """
-    dampings = [
-        torch.as_tensor(
-            factor._damping_of(wanted[0].damping_func),
-            dtype=factor._dtype,
-            device=factor._device,
-        )
-        for factor, wanted in batch
-    ]
-    covs = torch.stack([factor._matrices() for factor, _ in batch])
-    batch_shape = covs.shape[:-2]  # those of groups and blocks have further ones
-    # One damping for a factor, or one for each of a stack of matrices.
-    damping = torch.stack([value.expand(batch_shape[1:]) for value in dampings])
-    repeats = batch_shape[1:].numel()
-    names = [factor.name for factor, _ in batch for _ in range(repeats)]
-    cholesky = DampedCholesky(covs, damping, names, partial=failed is not None)
-    for i, rescue in cholesky.rescues.items():
-        batch[i // repeats][0]._rescues.append(rescue)
-    if failed is not None:
-        for i, error in cholesky.failures.items():
-            failed.setdefault(batch[i // repeats][0], error)
-    values = {s.function: _FROM_CHOLESKY[s.function](cholesky) for s in batch[0][1]}
-    return [
-        (stored, (values[stored.function][i],))
-        for i, (_, wanted) in enumerate(batch)
-        for stored in wanted
-    ]
-
-
-def store(new: list[Computed]) -> None:
-    """Let new values replace the old ones."""
-    for stored, tensors in new:
-        for old, tensor in zip(stored.tensors, tensors, strict=True):
-            old.copy_(tensor)
-        stored.refreshed = True
 
 
 def of_sparse_rows(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,31 +1,29 @@
 """`refresh_inverses`: many factors at once, and what becomes of those that fail.
 
-Factors of one size are factorised in one batch; those members that fail climb the ladder
-of `linalg.py`. Where no rung holds, a factor keeps its last good matrices for a bounded
-number of refreshes, and then it is an error: nothing goes stale for ever in silence.
-Left out: when to refresh (the estimator's business).
+Small factors of one size are factorised in one batch; those members that fail climb the
+ladder of `linalg.py`. Where no rung holds, a factor keeps its last good matrices for a
+bounded number of refreshes, and then it is an error: nothing goes stale for ever in
+silence. An error leaves every factor as it was. So where there may be one (at the first
+refresh, above all) the factorisations of all are kept until the last is known to hold; else
+each inverse replaces the old one as soon as it is there, and all share the memory of one
+factorisation. On accelerators they are always kept, for the host to wait once, not for
+every batch. Left out: when to refresh (the estimator's business).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..linalg import NotFiniteError
+from ..linalg import NotFiniteError, Workspace
 from .base import FisherFactor
-from .inverse_providing import (
-    Computed,
-    Failures,
-    InverseProvidingFactor,
-    factorise,
-    store,
-)
+from .cholesky_batch import CholeskyBatch, Computed, Failures, Member, batches_of, store
+from .inverse_providing import InverseProvidingFactor
 
 
 def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Failures:
-    """Refresh all that the factors store; same-size factorisations in one batch.
+    """Refresh all that the factors store; small same-size factorisations in one batch.
 
     Factors that store nothing (diagonal ones) have nothing to compute.
 
@@ -44,8 +42,9 @@ def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Fail
     """
     new: list[Computed] = []
     failed: Failures = {}
-    batches = defaultdict(list)
+    members: list[Member] = []
     known = list(dict.fromkeys(factors))
+    may_raise = any(not f.is_refreshed or f.health.kept_in_a_row >= max_kept for f in known)
     for factor in known:
         try:
             new += _of_one(factor)
@@ -53,12 +52,9 @@ def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Fail
             failed[factor] = error
             continue
         if isinstance(factor, InverseProvidingFactor):
-            for wanted in factor._by_cholesky(factor.uses_eigendecomp()).values():
-                functions = frozenset(stored.function for stored in wanted)
-                key = (factor._matrix_shape, factor._dtype, factor._device, functions)
-                batches[key].append((factor, wanted))
-    for batch in batches.values():
-        new += factorise(batch, failed)
+            groups = factor._by_cholesky(factor.uses_eigendecomp()).values()
+            members += [factor._member(wanted) for wanted in groups]
+    _factorise(members, failed, max_kept, may_raise)
     _check_kept(failed, max_kept)
     old = {
         id(stored)
@@ -74,6 +70,51 @@ def refresh_inverses(factors: Iterable[FisherFactor], max_kept: int = 0) -> Fail
             found = isinstance(factor, InverseProvidingFactor)
             factor.health.refreshed(factor._rescues if found else ())
     return failed
+
+
+def _factorise(
+    members: Sequence[Member], failed: Failures, max_kept: int, may_raise: bool
+) -> None:
+    """Renew what the members want, but of those that fail.
+
+    Raises:
+        torch.linalg.LinAlgError: as `refresh_inverses`; nothing is renewed.
+    """
+    number: dict[FisherFactor, int] = {}
+    for member in members:
+        number[member.factor] = number.get(member.factor, 0) + 1
+    kept: list[CholeskyBatch] = []
+    workspace = Workspace()
+    for batch in batches_of(members):
+        # All or nothing of a factor too, where it has several dampings.
+        alone = all(number[m.factor] == 1 and _is_simple(m.factor) for m in batch.members)
+        if may_raise or not alone or batch.members[0].damping.device.type != "cpu":
+            batch.factorise()
+            kept.append(batch)
+            continue
+        batch.settle(batch.factorise(workspace).tolist(), failed)
+        batch.write(failed)
+    by_device: dict[torch.device, list[CholeskyBatch]] = {}
+    for batch in kept:
+        by_device.setdefault(batch.regular.device, []).append(batch)
+    for batches in by_device.values():
+        # The one host read of a refresh.
+        flags = torch.cat([batch.regular for batch in batches]).tolist()
+        for batch in batches:
+            own, flags = flags[: len(batch.regular)], flags[len(batch.regular) :]
+            batch.settle(own, failed)
+    for factor in number:  # the error is of the first one, not of the largest
+        if factor in failed:
+            failed[factor] = failed.pop(factor)
+    _check_kept(failed, max_kept)
+    for batch in kept:
+        batch.write(failed)
+
+
+def _is_simple(factor: FisherFactor) -> bool:
+    """Whether a factor stores nothing but what a Cholesky factorisation gives."""
+    assert isinstance(factor, InverseProvidingFactor)
+    return not factor.uses_eigendecomp() and not factor._others()
 
 
 def _of_one(factor: FisherFactor) -> list[Computed]:

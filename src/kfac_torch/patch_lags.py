@@ -1,0 +1,219 @@
+r"""Second moment of patches from lags that one Fourier transform gives.
+
+Block (u, v) of PᵀP is a sum of x[p] x[p + dδ]ᵀ which depends on u only through the
+locations that offset u cannot reach (letters as in `patch_geometry`; x[p] the C channels
+at location p). In one dimension
+
+    block(u, v) = full(δ) - Σ_{p not in reach(u)} point(p, δ)
+    full(δ) = Σ_p x[p] x[p + dδ]ᵀ,    point(p, δ) = x[p] x[p + dδ]ᵀ
+    reach(u) = {p : du - b <= p < n + a - d(k - 1 - u)}
+
+and in several it is the product of such differences, full lags in some dimensions and
+points in the others. One Fourier transform gives all lags at once (Wiener-Khinchin):
+the cross-spectra Σ_n conj(x̂[f]) x̂[f]ᵀ take some 2 C² multiply-adds per location
+whatever the kernel, and a small matrix takes them to the lags that are needed. They are
+Hermitian, so that many channels are taken in bands, and half of the pairs mirrored.
+
+Left out: sparse inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gram import add_transpose, bands
+from .patch_geometry import Arranged, Conv, arranged, axes
+
+_SPECTRUM_BYTES = 24 * 2**20  # spectra that are held at once
+_SMALLEST_WORK = 2**16  # numbers in a piece of work, but for the next
+_CACHE_BYTES = 2**21  # pieces of work that should stay in the cache
+
+
+class _Family(NamedTuple):
+    """Terms with points in the same dimensions of [N, groups, C, *space]."""
+
+    points: dict[int, tuple[Tensor, Tensor]]  # by dimension: locations, their pairs
+    lengths: dict[int, int]  # of the transform, by dimension
+    shape: tuple[int, int]  # points, lags
+    inverse: Tensor  # takes spectra to lags: [lags, frequencies, re/im]
+    signs: Tensor  # block(u, v) as a sum of terms: [k₁k₂, k₁k₂, points * lags]
+    hermitian: bool  # whether all points are their own partners, and each there once
+
+
+@functools.lru_cache(maxsize=256)  # a layer asks for the same ones at every step
+def _families(conv: Conv, dtype: torch.dtype, device: torch.device) -> list[_Family]:
+    along, families = axes(conv), list[_Family]()
+    for at_points in itertools.product((False, True), repeat=len(along)):
+        order = sorted(range(len(along)), key=lambda i: not at_points[i])  # points first
+        points = {3 + i: along[i].points for i in order if at_points[i]}
+        full = {3 + i: along[i] for i in order if not at_points[i]}
+        inverse = torch.ones(1, 1, dtype=torch.complex128)
+        for dim, (lags, _, _, m) in full.items():
+            # The transform of real numbers keeps one of each conjugate pair.
+            half = dim == max(full)
+            f = torch.arange(m // 2 + 1 if half else m)
+            weight = (1.0 + (half & (f > 0) & (2 * f < m)).double()) / m
+            turns = (torch.outer(lags, f) % m).double() / m
+            inverse = torch.kron(inverse, weight * torch.exp(-2j * math.pi * turns))
+        parts = [
+            axis.signs.tensor_split([len(axis.lags)], -1)[at]
+            for axis, at in zip(along, at_points, strict=True)
+        ]
+        shape = (math.prod(pairs.shape[1] for pairs in points.values()), len(inverse))
+        if shape[0]:
+            signs = functools.reduce(torch.kron, parts)
+            signs = torch.unflatten(signs, -1, [part.shape[-1] for part in parts])
+            signs = signs.permute(0, 1, *(2 + i for i in order)).flatten(2)
+            found = {i: torch.unique(p, return_inverse=True) for i, p in points.items()}
+            family = _Family(
+                {i: (p.to(device), at.to(device)) for i, (p, at) in found.items()},
+                {dim: axis.length for dim, axis in full.items()},
+                shape,
+                torch.view_as_real(inverse).to(device, dtype),
+                signs.to(device, dtype),
+                all(len(p) == len(at.T) and torch.equal(*at) for p, at in found.values()),
+            )
+            families.append(family)
+    return families
+
+
+def add_lags(
+    moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged, spare: Tensor
+) -> None:
+    """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there.
+
+    `spare` is flat memory to use before the moment is written: its own. Terms, a spectrum
+    that does not fit in there and work on pieces of it take a sixth of the patches of
+    `conv`; at least a quarter of that is for the spectrum, where many terms meet few
+    patches.
+    """
+    # Nothing in the families depends on the batch.
+    families = _families(how.conv._replace(batch=1), moment.dtype, moment.device)
+    counts = [math.prod(family.shape) for family in families]
+    channels = how.conv.channels // conv.groups
+    terms = moment.new_zeros(sum(counts), conv.groups * channels**2)
+
+    width = moment.element_size()
+    sixth = conv.rows * conv.columns * conv.groups // 6
+    taken = terms.numel() + (moment.numel() if how.spread > 1 else 0)
+    free = max(sixth - taken, sixth // 4)
+    example = 2 * how.conv.channels * families[0].inverse.shape[1]
+    padded = 1 if any(map(any, how.pads)) else 0
+    copies = how.conv.channels * math.prod(how.conv.space)
+    copies *= padded + (1 if how.spread > 1 else 0)
+    needed = example * min(conv.batch, _SPECTRUM_BYTES // width // example + 1)
+    inside = spare.numel() >= min(needed, 4 * free)  # little is left beside the terms
+    work = free // (12 if inside else 16)
+    work = max(1, min(_CACHE_BYTES // width, max(work, _SMALLEST_WORK)))
+    held = min(_SPECTRUM_BYTES // width, spare.numel()) // example if inside else free
+    if copies or not inside:
+        beside = copies if inside else copies + example
+        held = min(held, _SPECTRUM_BYTES // width // example, free * 3 // 4 // beside)
+    spare = spare if inside else spare[:0]
+    for examples in inputs.tensor_split(-(-conv.batch // max(1, held))):
+        x = arranged(examples.to(moment.dtype), conv, how)
+        x = torch.unflatten(x, 1, (conv.groups, channels))
+        for family, part in zip(families, torch.split(terms, counts), strict=True):
+            _add_family(part.view(*family.shape, -1), x, family, work, spare)
+
+    # Upper blocks, and half of each diagonal one.
+    size = len(families[0].signs)
+    upper = torch.ones(size, size).triu() - torch.eye(size) / 2
+    signs = torch.cat([family.signs for family in families], -1)
+    signs *= (upper.to(signs) / conv.rows)[:, :, None]
+    blocks = torch.unflatten(moment, 2, (channels, -1))
+    blocks = torch.unflatten(blocks, 1, (channels, -1))
+    step = max(1, work // (size * terms.shape[1]))
+    for u in range(0, size, step):
+        block = signs[u : u + step].flatten(0, 1) @ terms
+        block = block.view(-1, size, conv.groups, channels, channels)
+        blocks[:, :, u : u + step] = block.permute(2, 3, 0, 4, 1)
+    add_transpose(moment)
+
+
+def _add_family(
+    terms: Tensor, x: Tensor, family: _Family, work: int, spare: Tensor
+) -> None:
+    """Add the correlations of x to terms, [points, lags, groups * C * C]."""
+    a = b = _spectrum(x, family, work, spare)
+    if not family.hermitian:
+        for i, (_, (points, partners)) in enumerate(family.points.values()):
+            a, b = a.index_select(i, points), b.index_select(i, partners)
+    # [points, frequencies, groups, re/im, N, C]
+    a, b = (z.reshape(len(terms), -1, *z.shape[-4:]) for z in (a, b))
+    groups, channels = a.shape[2], a.shape[-1]
+    parts = bands(channels, x.device, narrowest=32) if family.hermitian else []
+    if len(parts) < 2:
+        _correlate(terms, terms, a, b, family, work)
+        return
+    pairs = terms.view(*terms.shape[:2], groups, channels, channels)
+    spare = spare[a.numel() :]
+    for band in parts:
+        right = pairs[..., band, band.start :]
+        even, odd = _room(x, spare, (2, *right.shape)).zero_()
+        left = a[..., band], b[..., band.start :]
+        _correlate(even.flatten(2), odd.flatten(2), *left, family, work)
+        right += even
+        right += odd
+        below, width = pairs[..., band.stop :, band], band.stop - band.start
+        below += even[..., width:].mT
+        below -= odd[..., width:].mT
+
+
+def _room(x: Tensor, spare: Tensor, shape: Sequence[int]) -> Tensor:
+    size = math.prod(shape)
+    inside = size <= spare.numel()
+    return spare[:size].view(shape) if inside else x.new_empty(shape)
+
+
+def _correlate(
+    even: Tensor, odd: Tensor, a: Tensor, b: Tensor, family: _Family, work: int
+) -> None:
+    """Add the lags of the real parts of cross-spectra, and those of the imaginary ones."""
+    inverse = family.inverse.expand(len(even), -1, -1, -1)
+    step = max(1, work // even[:, 0].numel())
+    for f in range(0, a.shape[1], step):
+        af = a[:, f : f + step].flatten(0, 2)  # [points * f * groups, re/im, N, C]
+        bf = b[:, f : f + step].flatten(0, 2)
+        cosines, sines = inverse[:, :, f : f + step].unbind(-1)
+        shape = (len(even), -1, even.shape[2])
+        real = torch.bmm(af.flatten(1, 2).mT, bf.flatten(1, 2))
+        even.baddbmm_(cosines, real.view(shape))
+        if family.lengths:
+            imag = torch.bmm(af[:, 0].mT, bf[:, 1])
+            if family.hermitian and imag.shape[1] == imag.shape[2]:
+                imag = imag - imag.mT
+            else:
+                imag.baddbmm_(af[:, 1].mT, bf[:, 0], alpha=-1)
+            odd.baddbmm_(sines, imag.view(shape))
+
+
+def _spectrum(x: Tensor, family: _Family, work: int, spare: Tensor) -> Tensor:
+    """Transform [N, groups, C, *space]; [*points, *frequencies, groups, 2, N, C]."""
+    lengths = list(family.lengths.values())
+    order = [*family.points, *family.lengths, 1, x.dim(), 0, 2]
+    if not lengths:
+        return _at_points(x, family).unsqueeze(-1).permute(order)
+    half = [*lengths[:-1], lengths[-1] // 2 + 1]
+    points = [len(locations) for locations, _ in family.points.values()]
+    shape = (*points, *half, x.shape[1], 2, x.shape[0], x.shape[2])
+    out = _room(x, spare, shape)
+    step = max(1, work // out[..., 0, :].numel())
+    for n in range(0, len(x), step):
+        piece = _at_points(x[n : n + step], family)
+        y = torch.fft.rfftn(piece, lengths, list(family.lengths))
+        out[..., n : n + step, :] = torch.view_as_real(y).permute(order)
+    return out
+
+
+def _at_points(x: Tensor, family: _Family) -> Tensor:
+    for dim, (locations, _) in family.points.items():
+        x = x.index_select(dim, locations)
+    return x
