@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from kfac_torch import KFAC, LayerCollection, SizeLimit
 from kfac_torch.diagnostics import effective_rank, factor_spectra
+from kfac_torch.fisher_factors import FullyConnectedKroneckerFactor
+from kfac_torch.fisher_factors.split import SplitKroneckerFactor
 
 
 def trained():
@@ -91,3 +93,22 @@ def test_effective_rank():
     assert effective_rank(torch.ones(5)) == pytest.approx(5)
     assert effective_rank(torch.tensor([0.0, 0.0, 3.0])) == pytest.approx(1)
     assert effective_rank(torch.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("max_size", [None, 8], ids=["whole", "split"])
+def test_the_spectrum_of_a_matrix_with_subnormal_rows(max_size):
+    """Of one that a running moment decays to when units die, LAPACK may find none."""
+    data = [[torch.zeros(1, 8)]]
+    if max_size is None:
+        factor = FullyConnectedKroneckerFactor(data)
+    else:
+        factor = SplitKroneckerFactor(data, max_size=max_size)
+    factor.instantiate_cov_variables()
+    for _ in range(50):
+        x = torch.randn(20, 8)
+        C = x.T @ x
+        C[4:] *= 1e-44
+        C = C.tril() + C.tril(-1).T
+        factor.get_cov_var().copy_(C)
+        expected = torch.linalg.eigvalsh(C.double()).float()
+        torch.testing.assert_close(factor.spectrum(), expected)

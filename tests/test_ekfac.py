@@ -403,6 +403,23 @@ def test_a_new_basis_carries_the_scales_over(groups):
     assert scales.get_cov_var().min() >= 0
 
 
+def test_the_basis_of_a_layer_whose_units_died():
+    """Their part of `G` decays to subnormal numbers, of which LAPACK may make NaN."""
+    block = fb.FullyConnectedEKFACFB(nn.Linear(3, 4), "layer")
+    block.instantiate_factors(0.1)
+    for number in range(500):
+        a, s = torch.randn(9, 3), torch.randn(9, 4)
+        if number % 50:
+            s[:, 2:] = 0
+        block.accumulate(block.moments([a], [[s]], 9), 0.1)
+        refresh_inverses(block.factors)
+        assert block.scales.get_cov_var().isfinite().all()
+        Q = block.scales.basis[1]
+        torch.testing.assert_close(Q.mT @ Q, torch.eye(4))
+    V = torch.cat([torch.zeros(4, 2), torch.randn(4, 2)], 1)
+    torch.testing.assert_close(block.multiply_inverse(V), V / 0.1)
+
+
 @float64
 def test_the_first_corrected_moment_replaces_those_of_kfac():
     block = fb.FullyConnectedEKFACFB(nn.Linear(3, 2), "layer")

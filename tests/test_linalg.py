@@ -181,13 +181,17 @@ def test_a_power_of_a_singular_matrix(damping, rung):
     torch.testing.assert_close(power.trace(), trace, rtol=1e-5, atol=0)
 
 
-def test_an_eigendecomposition_that_fails_is_done_matrix_by_matrix(monkeypatch):
+@pytest.mark.parametrize("raises", [True, False], ids=["an error", "NaN"])
+def test_an_eigendecomposition_that_fails_is_done_matrix_by_matrix(raises, monkeypatch):
     C, eigh = random_psd(3).float(), torch.linalg.eigh
 
     def fail(M):
+        e, V = eigh(M)
         if M.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("no")
-        return eigh(M)
+            if raises:
+                raise torch.linalg.LinAlgError("no")
+            V[..., 1] = math.nan
+        return e, V
 
     expected = eigh(C)[0]
     monkeypatch.setattr("torch.linalg.eigh", fail)
@@ -195,5 +199,28 @@ def test_an_eigendecomposition_that_fails_is_done_matrix_by_matrix(monkeypatch):
     torch.testing.assert_close(e, expected)
     torch.testing.assert_close((V * e.unsqueeze(-2)) @ V.mT, C)
     C[1, 0, 2] = math.nan
-    with pytest.raises(NotFiniteError, match="fc has NaN"):
-        psd_eigh(C, name="fc")
+    if raises:
+        with pytest.raises(NotFiniteError, match="fc has NaN"):
+            psd_eigh(C, name="fc")
+    else:
+        assert psd_eigh(C)[1].isfinite().flatten(1).all(1).tolist() == [True, False, True]
+
+
+def test_an_eigendecomposition_that_float64_does_not_give_either(monkeypatch):
+    nans = (torch.full((2,), math.nan), torch.full((2, 2), math.nan))
+    monkeypatch.setattr("torch.linalg.eigh", lambda M: tuple(x.clone() for x in nans))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"fc \(2x2\) is finite") as caught:
+        psd_eigh(torch.eye(2), name="fc")
+    assert not isinstance(caught.value, NotFiniteError)
+
+
+def test_an_eigendecomposition_with_subnormal_rows():
+    """Of one that a running moment decays to when units die, LAPACK may make NaN."""
+    C = random_psd(100, n=4).float()
+    C[:, 2:] *= 1e-44
+    C = C.tril() + C.tril(-1).mT
+    e, V = psd_eigh(C)
+    torch.testing.assert_close(e, torch.linalg.eigvalsh(C.double()).float())
+    eye = torch.eye(4, dtype=torch.float32).expand(100, 4, 4)
+    torch.testing.assert_close(V.mT @ V, eye)
+    torch.testing.assert_close((V * e.unsqueeze(-2)) @ V.mT, C)

@@ -322,6 +322,16 @@ def test_an_overflow_in_one_example_stays_in_it():
     close(root[::2], (z[::2] / 2).exp())
 
 
+def test_a_root_where_some_probabilities_are_subnormal():
+    z = torch.randn(200, 8, dtype=torch.float32)
+    z[:, 4:] -= 100
+    v = torch.randn_like(z)
+    loss = DerivedCategorical(z)
+    root = loss.multiply_fisher_factor_transpose(v)
+    exact = DerivedCategorical(z.double()).multiply_fisher(v.double())
+    torch.testing.assert_close(loss.multiply_fisher_factor(root), exact.float())
+
+
 def test_half_precision_takes_its_root_in_single():
     z = torch.randn(3, 4, dtype=torch.bfloat16)
     B = DerivedCategorical(z).multiply_fisher_factor(torch.ones_like(z))

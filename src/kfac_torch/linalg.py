@@ -4,6 +4,9 @@ Notation: `C [..., n, n]` a symmetric PSD matrix (a running second moment), `λ 
 damping. Everything is batched over the leading dimensions, and nothing runs below
 float32.
 
+Eigendecompositions are of matrices without their subnormal entries
+(`without_subnormals`), which LAPACK does not stand.
+
 Factorise rarely, apply often: these functions are the rare half. Those members of a batch
 whose factorisation fails climb a ladder, one by one, the most faithful rung first:
 
@@ -35,6 +38,19 @@ JITTERS = (1e-8, 1e-6, 1e-4)
 def symmetrize(C: Tensor) -> Tensor:
     """Return `(C + Cᵀ)/2`."""
     return (C + C.mT) / 2
+
+
+def without_subnormals(C: Tensor) -> Tensor:
+    """Return `C` with zeros for the entries nearer to zero than the normal numbers.
+
+    A row of the moment of a unit that died decays into them, and of such a matrix LAPACK
+    (`syevd`) may return NaN, without an error. They are far below the rounding error of a
+    decomposition of anything that is larger.
+
+    >>> without_subnormals(torch.tensor([1.0, -1e-44, 1e-37, torch.nan]))
+    tensor([1.0000e+00, 0.0000e+00, 1.0000e-37,        nan])
+    """
+    return torch.where(C.abs() < torch.finfo(C.dtype).tiny, 0.0, C)
 
 
 def add_damping(C: Tensor, damping: Tensor | float) -> Tensor:
@@ -341,7 +357,8 @@ def _singular(C: Tensor, damping: float, name: str) -> torch.linalg.LinAlgError:
 def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Tensor]:
     """Return ascending eigenvalues, clipped from below at `floor`, and eigenvectors.
 
-    Where the decomposition of a batch fails, each member is decomposed alone in float64.
+    Those of a batch whose decomposition fails, or is not finite though they are, are
+    decomposed alone, in float64. Subnormal entries count as 0.
 
     Args:
         C: `[..., n, n]`, symmetric PSD up to rounding.
@@ -356,20 +373,20 @@ def psd_eigh(C: Tensor, floor: float = 0.0, name: str = "C") -> tuple[Tensor, Te
         torch.linalg.LinAlgError: it fails in float64 too (`NotFiniteError`: of a matrix
             with a NaN or an Inf).
     """
+    C = without_subnormals(C)
+    finite = _all_finite(C)
     try:
         e, V = torch.linalg.eigh(C)
+        failed = finite & ~(e.isfinite().all(-1) & _all_finite(V))
     except torch.linalg.LinAlgError:
         e, V = torch.empty_like(C[..., 0]), torch.empty_like(C)
-        flat = zip(
-            C.reshape(-1, *C.shape[-2:]),
-            e.view(-1, C.shape[-1]),
-            V.view(-1, *C.shape[-2:]),
-            strict=True,
-        )
-        for member, e_i, V_i in flat:
-            _eigh_alone(member, name, e_i, V_i)
+        failed = torch.ones_like(finite)
+    members, n = C.reshape(-1, *C.shape[-2:]), C.shape[-1]
+    # The one host read of a decomposition.
+    for i in failed.flatten().nonzero().flatten().tolist():
+        _eigh_alone(members[i], name, e.view(-1, n)[i], V.view(-1, n, n)[i])
     # Only the lower triangle was read.
-    fine = _all_finite(C)[..., None, None]
+    fine = finite[..., None, None]
     e = torch.where(fine.squeeze(-1), e.clamp(min=floor), torch.nan)
     return e, torch.where(fine, V, torch.nan)
 
@@ -413,6 +430,11 @@ def _eigh_alone(C: Tensor, name: str, e: Tensor, V: Tensor) -> None:
             f"matrix {name} ({C.shape[-1]}x{C.shape[-1]}) has no eigendecomposition, in "
             f"float64 either: {error}"
         ) from error
+    if not all(tensor.isfinite().all() for tensor in found):
+        raise torch.linalg.LinAlgError(
+            f"matrix {name} ({C.shape[-1]}x{C.shape[-1]}) is finite, and its "
+            "eigendecomposition is not, in float64 either"
+        )
     e.copy_(found[0])
     V.copy_(found[1])
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..damping import DampingFunc
 from ..health import FactorHealth
+from ..linalg import without_subnormals
 from .data import (
     INTEGERS,
     Entry,
@@ -269,7 +270,7 @@ class FisherFactor(abc.ABC):
 
     def spectrum(self) -> Tensor:
         """Return the ascending eigenvalues `[..., n]` of the current matrix."""
-        return torch.linalg.eigvalsh(self.get_cov())
+        return torch.linalg.eigvalsh(without_subnormals(self.get_cov()))
 
     # Costs.
 

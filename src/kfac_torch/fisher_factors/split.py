@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..damping import DampingFunc
+from ..linalg import without_subnormals
 from .base import FactorOptions
 from .data import TensorLike, append_homog, compute_cov
 from .inverse_providing import InverseProvidingFactor
@@ -119,7 +120,7 @@ class SplitFactor(InverseProvidingFactor, abc.ABC):
 
     def spectrum(self) -> Tensor:
         """Return the ascending eigenvalues `[..., d]`: those of all blocks."""
-        cov = self._stored_cov()
+        cov = without_subnormals(self._stored_cov())
         parts = [
             torch.linalg.eigvalsh(cov[..., first : first + number, :size, :size])
             for first, number, size in runs(self._sizes)

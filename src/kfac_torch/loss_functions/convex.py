@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from ..linalg import symmetrize
+from ..linalg import symmetrize, without_subnormals
 from .base import LossFunction, NegativeLogProbLoss
 
 
@@ -87,7 +87,7 @@ class ConvexLoss(LossFunction):
         H32 = symmetrize(H.to(torch.promote_types(H.dtype, torch.float32)))
         # An overflow in one example is a NaN in its root, not a failing decomposition.
         finite = H32.isfinite().all(-1).all(-1)[:, None, None]
-        e, V = torch.linalg.eigh(torch.where(finite, H32, 0.0))
+        e, V = torch.linalg.eigh(without_subnormals(torch.where(finite, H32, 0.0)))
         self._check_convex(e)
         root = (V * e.clamp(min=0).sqrt().unsqueeze(-2)) @ V.mT
         return torch.where(finite, root, torch.nan).to(H.dtype)
