@@ -33,6 +33,7 @@ from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
+from .gradient_noise import GradientNoise
 from .health import Health
 from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
@@ -41,15 +42,15 @@ from .loss_collection import Output
 from .loss_functions import LossFactory
 from .optimizer_state import NamedState
 from .options import (
+    Chosen,
     Damping,
     Pace,
     QModel,
     Statistics,
     TrustRegion,
     check_count,
+    choose,
     damping_at,
-    group_options,
-    resolve,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .recording import Recorder, watch_scale
@@ -180,17 +181,13 @@ class KFAC(NamedState):
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
         self._adapts_if_told = damping is None
-        chosen, damping, norm_constraint = resolve(
-            lr, momentum_type, damping, norm_constraint
-        )
-        kind = chosen.name if isinstance(chosen, QModel) else chosen
-        defaults = group_options(
-            momentum_type=kind,
+        chosen = choose(
             lr=lr,
             damping=damping,
             momentum=momentum,
             weight_decay=weight_decay,
             norm_constraint=norm_constraint,
+            momentum_type=momentum_type,
         )
         pace = Pace.resolve(
             momentum_type is None and lr is None,
@@ -199,28 +196,25 @@ class KFAC(NamedState):
             cov_update_every,
             invert_every,
         )
-        refresh = as_refresh(pace.invert_every)
         check_count("num_burnin_steps", num_burnin_steps, 0)
         layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        super().__init__(param_groups(names, layers, lr, momentum), defaults)
+        super().__init__(param_groups(names, layers, lr, momentum), chosen.defaults)
         self.last_step: StepRecord | None = None
         self._model = model
         self._names = names
-        self._given_damping = self._damping = damping
-        self._momentum_type = kind
+        self._given_damping = self._damping = chosen.damping
+        self._momentum_type = chosen.kind
         self._calibrated = False
         self._told = False  # whether the change of the loss is known to be told
         self.damping_unit: float | None = None
-        self._announced = {name for name in names.values() if layers.is_chosen(name)}
-        region = norm_constraint if isinstance(norm_constraint, TrustRegion) else None
         with loss_taken_back(layers, loss):
-            self._watch(layers, pace, chosen, region)
+            self._watch(layers, pace, chosen)
         self._schedule = Schedule(
             self.estimator,
             cov_update_every=pace.cov_update_every,
-            invert_every=refresh,
+            invert_every=as_refresh(pace.invert_every),
             num_burnin_steps=num_burnin_steps,
             early_updates=pace.early_updates,
         )
@@ -229,8 +223,7 @@ class KFAC(NamedState):
         self,
         layers: LayerCollection,
         pace: Pace,
-        chosen: str | QModel,
-        region: TrustRegion | None,
+        chosen: Chosen,
     ) -> None:
         """Make what gathers statistics and what makes steps, both or neither."""
         self.estimator = FisherEstimator(
@@ -246,9 +239,9 @@ class KFAC(NamedState):
                 self._model,
                 self.estimator,
                 self._names,
-                chosen,
+                chosen.momentum_type,
                 self._damping,
-                region,
+                chosen.trust_region,
             )
         except NotImplementedError:
             self.estimator.release()
@@ -427,6 +420,7 @@ class KFAC(NamedState):
             return
         if trial.before is not None and rule.rejects(rho, found.finite):
             trial.before.restore()
+            self._updates.noise = trial.noise
             self.last_step = replace(self.last_step, rejected=True)
             self.estimator.ledger.reject_step(rho)
             self._set_damping(rule.update(record.damping, -1.0))
@@ -488,10 +482,11 @@ class KFAC(NamedState):
             again = self.last_step is not None and self.last_step.rejected
             trial.before = Before(params, self.state, again)
         step = self._updates.propose(params, grads, due, trial)
-        self._announce_others(params)
+        self._updates.announce_others(params)
         if not step.finite:
             return ["the gradient"]
-        trial.step = step
+        trial.step, trial.noise = step, self._updates.noise
+        self._updates.noise = step.noise
         torch._foreach_add_(step.params, step.deltas)
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
@@ -505,6 +500,7 @@ class KFAC(NamedState):
             norm_scale=step.norm_scale,
             region_scale=step.region_scale,
             step_norm=step.norm(),
+            gradient_noise=step.noise.fraction,
             skipped_steps=self.skipped_steps,
             **self._schedule.ages(),
         )
@@ -551,24 +547,6 @@ class KFAC(NamedState):
         params = (p for group in self.param_groups for p in group["params"])
         return dense_gradients(params, self._names)
 
-    # Messages.
-
-    def _announce_others(self, params: list[Tensor]) -> None:
-        by_rule: dict[str, list[str]] = {}
-        for p, rule in self._updates.plain_rules(params).items():
-            name = self._names.get(p, "?")
-            if name not in self._announced:
-                self._announced.add(name)
-                by_rule.setdefault(rule, []).append(name)
-        for rule, names in by_rule.items():
-            words = {"adamw": "AdamW", "sgd": "plain momentum"}[rule]
-            warnings.warn(
-                f"these parameters have no K-FAC block and are updated by {words}: "
-                f"{', '.join(sorted(names))}",
-                UserWarning,
-                stacklevel=6,
-            )
-
     # State.
 
     def _options(self) -> dict[str, Any]:
@@ -584,6 +562,7 @@ class KFAC(NamedState):
             **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
             **self._schedule.state_dict(),
             "adapts": self._updates.rule is not None,
+            "noise": self._updates.noise.state_dict(),
             # Seconds are those of a machine, not of a run.
             "last_step": self.last_step and {**vars(self.last_step), "seconds": {}},
         }
@@ -594,4 +573,5 @@ class KFAC(NamedState):
         self._schedule.load_state_dict(own)
         self.last_step = own["last_step"] and StepRecord(**own["last_step"])
         self._updates.restore_rule(own["adapts"])
+        self._updates.noise = GradientNoise(**own["noise"])
         self._set_unit(own["damping_unit"])

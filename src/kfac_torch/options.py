@@ -39,6 +39,8 @@ class QModel:
         min_terms: loss terms that are left at least, where the batch has so many; k is
             smaller for that.
         max_momentum: the momentum found is from 0 to this; None for no bounds.
+        average_gradients: apply the inverse to an average of the gradients, over as many
+            steps as their noise asks for (`gradient_noise.py`).
 
     Raises:
         ValueError: a value out of range.
@@ -53,6 +55,7 @@ class QModel:
     batch_fraction: float = 1.0
     min_terms: int = 1
     max_momentum: float | None = None
+    average_gradients: bool = False
 
     def __post_init__(self) -> None:
         _check_part("QModel", self.batch_fraction, self.min_terms)
@@ -156,7 +159,9 @@ Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
 
 def automatic() -> QModel:
     """Return the momentum type of an optimizer that was given no `lr`."""
-    return QModel(batch_fraction=0.125, min_terms=128, max_momentum=0.95)
+    return QModel(
+        batch_fraction=0.125, min_terms=128, max_momentum=0.95, average_gradients=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +215,51 @@ class Pace:
             invert_every=inverses if invert_every is None else invert_every,
             early_updates=early,
         )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the arguments of `KFAC` stand for.
+
+    Args:
+        momentum_type: see `resolve`.
+        damping: see `resolve`.
+        trust_region: if any.
+        defaults: the options of a param group.
+    """
+
+    momentum_type: QModel | str
+    damping: Damping
+    trust_region: TrustRegion | None
+    defaults: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The name of the momentum type."""
+        chosen = self.momentum_type
+        return chosen.name if isinstance(chosen, QModel) else chosen
+
+
+def choose(
+    *,
+    lr: float | None,
+    momentum_type: str | QModel | None,
+    damping: Damping | None,
+    norm_constraint: float | str | TrustRegion | None,
+    **others: Any,
+) -> Chosen:
+    """Return what is meant, with the options of a param group; `others` are more of them.
+
+    Raises:
+        ValueError: see `group_options`.
+    """
+    kind, damping, limit = resolve(lr, momentum_type, damping, norm_constraint)
+    region = limit if isinstance(limit, TrustRegion) else None
+    chosen = Chosen(kind, damping, region, {})
+    options = group_options(
+        momentum_type=chosen.kind, lr=lr, damping=damping, norm_constraint=limit, **others
+    )
+    return Chosen(kind, damping, region, options)
 
 
 def resolve(

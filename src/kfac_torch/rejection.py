@@ -19,7 +19,7 @@ from torch import Tensor
 
 State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"
 
-_VELOCITIES = ("momentum_buffer", "previous_update")
+_VELOCITIES = ("momentum_buffer", "previous_update", "average_gradient")
 
 
 class Before:

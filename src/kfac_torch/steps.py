@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gradient_noise import GradientNoise
+
 PHASES = ("statistics", "inverses", "closure", "step")
 """What K-FAC's own time goes to; the user's forward and backward are in none."""
 
@@ -35,6 +37,7 @@ class StepRecord:
         norm_scale: `κ` of the norm constraint.
         region_scale: what the trust region scaled the step by.
         step_norm: `‖δ‖`, Euclidean, of all parameters.
+        gradient_noise: `ν̄`, the part of the steps' slopes that was noise of their batch.
         statistics_age: steps since statistics last entered the factors.
         inverse_age: steps since the inverses were refreshed.
         skipped_steps: how many were left out so far.
@@ -55,6 +58,7 @@ class StepRecord:
     norm_scale: Tensor | None = None
     region_scale: Tensor | None = None
     step_norm: Tensor | None = None
+    gradient_noise: Tensor | None = None
     statistics_age: int | None = None
     inverse_age: int | None = None
     skipped_steps: int = 0
@@ -122,6 +126,7 @@ class Step:
         predicted_change: see `StepRecord`.
         norm_scale: see `StepRecord`.
         region_scale: see `StepRecord`.
+        noise: what is known of the gradient's noise, after this step.
     """
 
     params: list[Tensor]
@@ -133,6 +138,7 @@ class Step:
     predicted_change: Tensor | None = None
     norm_scale: Tensor | None = None
     region_scale: Tensor | None = None
+    noise: GradientNoise = field(default_factory=GradientNoise)
 
     def norm(self) -> Tensor:
         """Return `‖δ‖` of all parameters, 0-dim."""

@@ -22,6 +22,7 @@ from .batch_loss import BatchLoss
 from .capture import random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
+from .gradient_noise import GradientNoise
 from .quadratic_model import products
 from .rejection import Before
 from .replay import rerun
@@ -68,6 +69,7 @@ class Trial:
         self._device = next(model.parameters()).device
         self.batch = BatchLoss([])
         self.step: Step | None = None
+        self.noise = GradientNoise()  # as known before it
         self.before: Before | None = None  # where the step may be taken back
         self.num_terms: float = 1
 

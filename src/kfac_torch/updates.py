@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from .capture import RootCall, random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
+from .gradient_noise import GradientNoise
 from .loss_functions import LossFunction
 from .options import Damping, QModel, TrustRegion
 from .plain_updates import plain_options, propose_plain
@@ -71,6 +73,9 @@ class UpdateRule:
         self._momentum_type = self._qmodel.name if self._qmodel else momentum_type
         self._unit_of_region = trust_region and trust_region.unit
         self.num_steps = 0
+        self.noise = GradientNoise()  # of the steps so far
+        chosen = estimator.layers.is_chosen
+        self._announced = {name for name in names.values() if chosen(name)}
         rule = damping.damping if isinstance(damping, RelativeDamping) else damping
         self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
         self._first_rule = self.rule
@@ -130,6 +135,23 @@ class UpdateRule:
         groups = self._groups()
         others = [p for p in params if p not in owned]
         return {p: self._plain_options(p, groups[p])["rule"] for p in others}
+
+    def announce_others(self, params: list[Tensor]) -> None:
+        """Name parameters without a block and their rules in a UserWarning, once."""
+        by_rule: dict[str, list[str]] = {}
+        for p, rule in self.plain_rules(params).items():
+            name = self._names.get(p, "?")
+            if name not in self._announced:
+                self._announced.add(name)
+                by_rule.setdefault(rule, []).append(name)
+        for rule, names in by_rule.items():
+            words = {"adamw": "AdamW", "sgd": "plain momentum"}[rule]
+            warnings.warn(
+                f"these parameters have no K-FAC block and are updated by {words}: "
+                f"{', '.join(sorted(names))}",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         groups = self._optimizer.param_groups
@@ -250,7 +272,8 @@ class UpdateRule:
         """Step size, and maybe momentum, from the exact quadratic model."""
         group, total = self._group, self.total_damping()
         assert self._qmodel is not None
-        direction = precondition(blocks, params, grads)
+        noise, averaged = self._averaged(params, grads)
+        direction = precondition(blocks, params, averaged)
         self._add_decay(direction, params, [1.0] * len(params))
         lr, shares = self._shares(params)
         if min(shares) < 1:
@@ -272,16 +295,38 @@ class UpdateRule:
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
             torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
+        memory = [{"previous_update": delta} for delta in deltas]
+        if self._qmodel.average_gradients:
+            noise = noise.after(weights @ model.slopes, model.squared_norm(weights, 0.0))
+            for entry, average in zip(memory, averaged, strict=True):
+                entry["average_gradient"] = average
         return Step(
             params,
             deltas,
-            [{"previous_update": delta} for delta in deltas],
+            memory,
             torch.cat([weights, model.slopes]).isfinite().all(),
             -weights[0],
             weights[1] if len(weights) > 1 else torch.zeros_like(weights[0]),
             model.change(weights, self._included()),
             *scales,
+            noise=noise,
         )
+
+    def _averaged(
+        self, params: list[Tensor], grads: list[Tensor]
+    ) -> tuple[GradientNoise, list[Tensor]]:
+        """What is known of the gradient's noise, and the average that it asks for."""
+        assert self._qmodel is not None
+        state = self._optimizer.state
+        if not self._qmodel.average_gradients:
+            return self.noise, grads
+        if not any("previous_update" in state[p] for p in params):
+            return self.noise, [g.clone() for g in grads]
+        noise = self.noise.seen(_dot(grads, self._remembered(params, "previous_update")))
+        average = [
+            state[p].get("average_gradient", g) for p, g in zip(params, grads, strict=True)
+        ]
+        return noise, noise.averaged(grads, average)
 
     def _shares(self, params: list[Tensor]) -> tuple[float | None, list[float]]:
         """The largest `lr` of all groups, and that of every parameter as a part of it."""
