@@ -308,7 +308,7 @@ class RelativeDamping:
 
     damping: float | Callable[[int], float] | LevenbergMarquardt = field(
         default_factory=lambda: LevenbergMarquardt(
-            initial=0.1, min_damping=1e-3, interval=6
+            initial=0.1, min_damping=1e-3, decay=0.85, interval=6
         )
     )
 

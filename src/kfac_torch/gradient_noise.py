@@ -9,8 +9,8 @@ slope left:
     ν = (g₊ᵀδ − gᵀδ − δᵀFδ)/|gᵀδ|,  from 0 (no noise) to 1 (nothing else)
 
 This costs one inner product a step and no further gradient. Against the noise `F̂⁻¹` is
-applied to an average `m ← β m + (1 − β) g` with `β = ν̄²`, `ν̄` a moving average of ν: full
-batches keep their own gradient, whose age would slow them down, noisy ones are averaged.
+applied to an average `m ← β m + (1 − β) g`, where β is a moving average `ν̄` that starts at
+0, up to 0.7: full batches keep their own gradient, whose age would slow them down.
 Left out: the step (`updates.py`).
 """
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 _MEMORY = 0.8  # of ν̄: some five steps
+_MAX_DECAY = 0.7  # a gradient enters, whatever its noise
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class GradientNoise:
 
     Args:
         fraction: `ν̄`, 0-dim; None before the first step.
-        steps: how many `ν` there are in it.
         slope: `gᵀδ` of the last step, 0-dim; None where there was none.
         expected: `gᵀδ + δᵀFδ`.
 
@@ -39,12 +39,11 @@ class GradientNoise:
     >>> for slope in (0.0, -1.0, -0.5, -0.5):  # of this step's gradient along the last step
     ...     noise = noise.seen(torch.tensor(slope))
     ...     noise = noise.after(torch.tensor(-2.0), torch.tensor(1.0))
-    >>> noise.fraction  # the mean of 0, ¼ and ¼
-    tensor(0.1667)
+    >>> noise.fraction  # 0.2 · (0.8² · 0 + 0.8 · ¼ + ¼)
+    tensor(0.0900)
     """
 
     fraction: Tensor | None = None
-    steps: int = 0
     slope: Tensor | None = None
     expected: Tensor | None = None
 
@@ -55,20 +54,18 @@ class GradientNoise:
         size = self.slope.abs()
         part = (slope - self.expected) / torch.where(size > 0, size, torch.inf)
         new = part.nan_to_num(0.0).clamp(0.0, 1.0)
-        if self.fraction is None:
-            return GradientNoise(new, 1)
-        memory = min(_MEMORY, self.steps / (self.steps + 1))  # a plain mean at first
-        return GradientNoise(torch.lerp(new, self.fraction, memory), self.steps + 1)
+        old = torch.zeros_like(new) if self.fraction is None else self.fraction
+        return GradientNoise(torch.lerp(new, old, _MEMORY))
 
     def after(self, slope: Tensor, curvature: Tensor) -> GradientNoise:
         """Return what is known after a step with `gᵀδ` and `δᵀFδ`, 0-dim."""
-        return GradientNoise(self.fraction, self.steps, slope, slope + curvature)
+        return GradientNoise(self.fraction, slope, slope + curvature)
 
     def averaged(self, grads: list[Tensor], average: list[Tensor]) -> list[Tensor]:
-        """Return `β m + (1 − β) g`."""
+        """Return `β m + (1 − β) g`, of `m` in `average`; changes nothing."""
         if self.fraction is None:
             return grads
-        beta = self.fraction.square()
+        beta = self.fraction.clamp(max=_MAX_DECAY)
         new = list(torch._foreach_mul(average, beta.to(average[0])))
         torch._foreach_add_(new, torch._foreach_mul(grads, (1 - beta).to(grads[0])))
         return new
