@@ -64,7 +64,7 @@ class GradientNoise:
     def averaged(self, grads: list[Tensor], average: list[Tensor]) -> list[Tensor]:
         """Return `β m + (1 − β) g`, of `m` in `average`; changes nothing."""
         if self.fraction is None:
-            return grads
+            return [g.clone() for g in grads]
         beta = self.fraction.clamp(max=_MAX_DECAY)
         new = list(torch._foreach_mul(average, beta.to(average[0])))
         torch._foreach_add_(new, torch._foreach_mul(grads, (1 - beta).to(grads[0])))

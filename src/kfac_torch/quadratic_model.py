@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -423,22 +422,17 @@ class _Formulas(TorchFunctionMode):
     ) -> Any:
         if func is functional.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
-        with_number = _WITH_NUMBER.get(func)
-        if with_number is not None and not kwargs and len(args) == 2:
+        name = getattr(func, "__name__", "")
+        if name in _ARITHMETIC and len(args) == 2 and not kwargs:
             tensor, number = args
-            if isinstance(number, float | int) and isinstance(tensor, Tensor):
+            own = func in (getattr(torch, name), getattr(Tensor, name))
+            if own and isinstance(number, float | int) and isinstance(tensor, Tensor):
                 if tensor.is_floating_point():
-                    return with_number(tensor, number)
+                    return getattr(torch.ops.aten, name).Scalar(tensor, number)
         return func(*args, **(kwargs or {}))
 
 
-_WITH_NUMBER: Mapping[Any, Any] = MappingProxyType(
-    {
-        function: getattr(torch.ops.aten, name).Scalar
-        for name in ("add", "sub", "mul", "div")
-        for function in (getattr(torch, name), getattr(Tensor, name))
-    }
-)
+_ARITHMETIC = ("add", "sub", "mul", "div")
 
 
 def _layer_norm(

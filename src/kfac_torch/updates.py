@@ -321,7 +321,8 @@ class UpdateRule:
         if not self._qmodel.average_gradients:
             return self.noise, grads
         if not any("previous_update" in state[p] for p in params):
-            return self.noise, [g.clone() for g in grads]
+            noise = GradientNoise()
+            return noise, noise.averaged(grads, grads)
         noise = self.noise.seen(_dot(grads, self._remembered(params, "previous_update")))
         average = [
             state[p].get("average_gradient", g) for p, g in zip(params, grads, strict=True)
