@@ -685,7 +685,7 @@ def test_a_loss_that_a_gradient_does_not_tell():
     optimizer.close()
     optimizer = KFAC(model, Untold)
     records = train_with_closure(model, optimizer, data)
-    assert records[4].rho is not None
+    assert records[5].rho is not None
 
 
 # State, bad batches, options.

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from kfac_torch import KFAC, LevenbergMarquardt, RelativeDamping, SizeLimit
 from kfac_torch.approximations import APPROXIMATIONS
 from kfac_torch.layer_choice import Layers
-from kfac_torch.options import QModel, TrustRegion
+from kfac_torch.options import QModel, Statistics, TrustRegion
 
 CLASSES, BATCH = 3, 8
 
@@ -115,6 +115,14 @@ OPTIONS = {
         "momentum_type": QModel(batch_fraction=0.5, max_momentum=0.9),
         "norm_constraint": TrustRegion(fraction=0.2),
         "damping": RelativeDamping(LevenbergMarquardt(initial=1.0, calibrate=True)),
+    },
+    "averaged gradients": {
+        "momentum_type": QModel(average_gradients=True),
+        "damping": RelativeDamping(LevenbergMarquardt(initial=1.0, reject_below=0.25)),
+    },
+    "statistics of a part": {
+        **CLASSIC,
+        "estimation_mode": Statistics(batch_fraction=0.5),
     },
     "a schedule": {"lr": 0.1, "damping": lambda step: 0.1 / (1 + step)},
     "adaptive": ADAPTIVE,

@@ -21,7 +21,11 @@ from .health import FactorHealth as FactorHealth, Health as Health
 from .layer_choice import Layers as Layers
 from .layer_collection import LayerCollection as LayerCollection
 from .optimizer import KFAC as KFAC
-from .options import QModel as QModel, TrustRegion as TrustRegion
+from .options import (
+    QModel as QModel,
+    Statistics as Statistics,
+    TrustRegion as TrustRegion,
+)
 from .preconditioner import KFACPreconditioner as KFACPreconditioner
 from .refresh_schedule import Refresh as Refresh
 from .size_limit import SizeLimit as SizeLimit
@@ -40,6 +44,7 @@ __all__ = (
     "Refresh",
     "RelativeDamping",
     "SizeLimit",
+    "Statistics",
     "TrustRegion",
     "check_curvature",
     "curvature_products",

@@ -29,7 +29,7 @@ from .layer_choice import Layers
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
-from .options import Damping, check_count, damping_at
+from .options import Damping, Statistics, check_count, damping_at
 from .preconditioning import (
     Schedule,
     dense_gradients,
@@ -65,7 +65,8 @@ class KFACPreconditioner:
         damping: λ, in units of the Fisher of the mean loss; a number, a callable of the
             number of steps taken, or either in a `RelativeDamping`. None is
             `RelativeDamping(0.1)`.
-        estimation_mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`.
+        estimation_mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`, or
+            a `Statistics`, which has options.
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
@@ -108,7 +109,7 @@ class KFACPreconditioner:
         output: Output = None,
         *,
         damping: float | Callable[[int], float] | RelativeDamping | None = None,
-        estimation_mode: str = "gradients",
+        estimation_mode: str | Statistics = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
         invert_every: int | Refresh = 5,

@@ -9,7 +9,8 @@ again, and buffers are put back. Left out: how large `k` is (`options.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,10 +88,14 @@ def thin_weights(
     return some, weights[1] * some.sum() / weights[0].sum()
 
 
-def record_again(
+@contextmanager
+def recorded_again(
     capture: Capture, model: nn.Module, call: RootCall, stride: int, start: int
-) -> tuple[Any, list[LayerCall]]:
-    """Return the output and the layers' calls of a forward on one example in `stride`."""
+) -> Iterator[tuple[Any, list[LayerCall]]]:
+    """Yield the output and the layers' calls of a forward on one example in `stride`.
+
+    Buffers and random numbers are put back at the end: a backward may need the former.
+    """
     args, kwargs = every_kth(call.args, call.kwargs, stride, start)
     device = next(model.parameters()).device
     now, buffers = random_state(device), list(model.buffers())
@@ -102,11 +107,11 @@ def record_again(
         set_random_state(call.random_state, device)
         with torch.enable_grad(), autocast, capture.apart() as calls:
             output = model(*args, **kwargs)
+        yield output, calls
     finally:
         set_random_state(now, device)
         for buffer, copy in zip(buffers, copies, strict=True):
             buffer.copy_(copy)
-    return output, calls
 
 
 class Replays:
@@ -150,9 +155,10 @@ class Replays:
         for call in [call for call in known if call.arrived] or known:
             k = self._statistics.stride(call.num_terms) if call.arrived else self.stride
             assert k is not None
-            output, calls = record_again(self._capture, uncompiled(model), call, k, start)
             weights = [thin_weights(pair, k, start) for pair in call.weights]
-            forwards.take_again(output, calls, weights)
+            again = recorded_again(self._capture, uncompiled(model), call, k, start)
+            with again as (output, calls):
+                forwards.take_again(output, calls, weights)
         self.taken += 1
 
     def end(self) -> None:
