@@ -486,9 +486,11 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("end", ["close", "collection", "failed forward"])
-@pytest.mark.parametrize("mode", ESTIMATION_MODES)
-def test_no_hook_of_any_kind_remains(mode, end):
-    model, optimizer = watched(mode)
+@pytest.mark.parametrize("lr", [0.01, None])
+@pytest.mark.parametrize("mode", [None, *ESTIMATION_MODES])
+def test_no_hook_of_any_kind_remains(mode, lr, end):
+    """None is what is chosen where nothing is given."""
+    model, optimizer = watched(mode, lr=lr)
     ids = torch.randint(5, (4, 3))
     F.cross_entropy(model(ids), ids[:, 0] % 3).backward()
     optimizer.step()

@@ -245,7 +245,8 @@ def foreign():
                 "estimation_mode: expected 'gradients', got 'exact'",
                 r"cov_ema_decay: expected 0\.95, got 0\.9",
                 "num_burnin_steps: expected 0, got 1",
-                "cov_update_every: expected 1, got 2",
+                "cov_update_every: expected 10, got 2",
+                "early_updates: expected 10, got 0",
             ],
         ),
     }

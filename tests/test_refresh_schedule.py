@@ -290,7 +290,12 @@ def test_some_layers_alone():
 def test_bases_are_decomposed_every_so_many_refreshes():
     model = net()
     refresh = Refresh(every=2, basis_every=3)
-    optimizer = make(model, invert_every=refresh, approx={"0": "ekfac", "2": "ekfac"})
+    optimizer = make(
+        model,
+        invert_every=refresh,
+        cov_update_every=1,
+        approx={"0": "ekfac", "2": "ekfac"},
+    )
     changed = refreshed(optimizer, model, batches(14))
     slow = [number for number, layers in enumerate(changed) if "0" in layers]
     assert slow == [0, 1, 2, 6, 12]
@@ -467,6 +472,7 @@ def test_ekfac_in_an_old_basis_is_nearer_to_the_fisher_than_kfac(refresh):
         model,
         estimation_mode="exact",
         cov_ema_decay=0.0,
+        cov_update_every=1,
         approx="ekfac",
         invert_every=refresh,
     )

@@ -1,4 +1,4 @@
-"""Statistics on part of the batch: those of just these examples, and no trace of the rest."""
+"""Statistics on part of the batch: of just these examples, without a trace."""
 
 import pytest
 import torch

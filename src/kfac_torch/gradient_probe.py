@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 _MAX_CLIPPING = 2.0**-9  # a GradScaler multiplies by more
 
@@ -43,7 +44,9 @@ class GradientProbe:
 
             return hook
 
-        self._handles = [p.register_hook(watcher(i)) for i, p in enumerate(self._params)]
+        handles = [p.register_hook(watcher(i)) for i, p in enumerate(self._params)]
+        # Also where nobody closes it: parameters outlive their optimizer.
+        self._finalizer = weakref.finalize(self, _remove, handles)
 
     def _add(self, index: int, grad: Tensor) -> None:
         known = self._sums.get(index)
@@ -78,8 +81,12 @@ class GradientProbe:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        self._finalizer()
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def scale_of(ratio: Tensor) -> Tensor:
