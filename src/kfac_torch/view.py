@@ -28,6 +28,7 @@ _PANELS = (
     ("change of the loss", ("actual_change", "predicted_change"), False),
     ("step size and momentum", ("lr", "momentum"), False),
     ("scale of limits", ("norm_scale", "region_scale"), True),
+    ("noise of the gradient", ("gradient_noise",), False),
     ("norm of the step", ("step_norm",), True),
     ("age in steps", ("statistics_age", "inverse_age"), False),
 )
