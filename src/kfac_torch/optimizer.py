@@ -117,17 +117,21 @@ class KFAC(NamedState):
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
             or a `QModel`, which has options. None is `"regular"` with an `lr`, else the
-            quadratic model of a quarter of the batch, with a momentum of at most 0.95.
+            quadratic model of an eighth of the batch, with a momentum of at most 0.95, on
+            gradients that are averaged as far as they are noise.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
             `"curvature_prop"` (the same by random signs), `"exact"` (all output
             coordinates in one vectorised pass; the output's first dimension must be that
-            of examples) or `"empirical"` (the user's own targets).
-        cov_ema_decay: of the factors' moving average, in [0, 1].
-        cov_update_every: steps between statistics.
+            of examples) or `"empirical"` (the user's own targets); or a `Statistics`,
+            which has options. None is that of `"gradients"` on a quarter of the batch.
+        cov_ema_decay: of the factors' moving average, in [0, 1]; None is 0.85, with an
+            `lr` or a given momentum type 0.95.
+        cov_update_every: steps between statistics; None is every one of the first ten,
+            then 3, or 10.
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
-            options; the first three steps refresh them too.
+            options; the first three steps refresh them too. None is 6, or 10.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
         approx: an approximation for all layers that have it, or for each by name, type or

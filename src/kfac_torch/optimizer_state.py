@@ -24,7 +24,7 @@ from .fisher_blocks import FisherBlock
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 _DAMAGE = (KeyError, TypeError, IndexError, AttributeError)
 
 

@@ -41,7 +41,7 @@ from .preconditioning import (
 from .recording import watch_scale
 from .refresh_schedule import Refresh, as_refresh
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _LEFT_OUT = (
     "KFACPreconditioner.step(): NaN, Inf or overflow in {}; gradients and factors keep "
     "their values and step() returns False: leave the optimizer's step out (counted in "

@@ -26,7 +26,7 @@ _PANELS = (
     ("damping λ", ("damping",), True),
     ("reduction ratio ρ", ("rho",), False),
     ("change of the loss", ("actual_change", "predicted_change"), False),
-    ("step size and momentum", ("lr", "momentum"), False),
+    ("step size, momentum, noise", ("lr", "momentum", "gradient_noise"), False),
     ("scale of limits", ("norm_scale", "region_scale"), True),
     ("norm of the step", ("step_norm",), True),
     ("age in steps", ("statistics_age", "inverse_age"), False),
