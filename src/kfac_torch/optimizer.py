@@ -209,6 +209,7 @@ class KFAC(NamedState):
         self._model = model
         self._names = names
         self._given_damping = self._damping = chosen.damping
+        self._statistics = pace.statistics
         self._momentum_type = chosen.kind
         self._calibrated = False
         self._told = False  # whether the change of the loss is known to be told
@@ -557,6 +558,7 @@ class KFAC(NamedState):
         number = isinstance(self._given_damping, float | int)
         return {
             **self._updates.options,
+            "statistics": self._statistics,
             "damping": "a number" if number else self._given_damping,
             **self._schedule.options,
         }
