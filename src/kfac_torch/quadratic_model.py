@@ -187,12 +187,12 @@ def fisher_products(
         RuntimeError: an operation in the network has no forward-mode derivative.
         ValueError: there is no forward.
 
-    >>> model = nn.Linear(2, 1, bias=False)
+    >>> from torch.func import functional_call
+    >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
     >>> def normal(z):
     ...     from kfac_torch.loss_functions import NormalMeanNegativeLogProbLoss
     ...     return [(NormalMeanNegativeLogProbLoss(z, var=1.0), 1.0)]
-    >>> from torch.func import functional_call
     >>> fisher_products(
     ...     [lambda params: functional_call(model, params, (x,))],
     ...     normal,
