@@ -10,6 +10,7 @@ ends at its target or at the budget of the task; "-" is one that was not reached
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "invert_every": Refresh(every=6, basis_every=5),
     },
 }
-CASES = {"T2": ("K-FAC", "EKFAC, basis_every=5"), "T4": tuple(METHODS)}
+TASKS = ("T2", "T4")
 
 
 def make(task: Task, method: str, seed: int, model: nn.Module) -> KFAC:
@@ -77,19 +78,21 @@ def main() -> None:
     """Train, write and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    report["tasks"] = {}
-    for name, methods in CASES.items():
+    out: Path = arguments.out
+    report = json.loads(out.read_text()) if out.exists() else {"tasks": {}}
+    report |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    for name in arguments.tasks:
         task = load_task(name, arguments.data_dir)
-        found = report["tasks"][name] = {method: [] for method in methods}
+        found = report["tasks"][name] = {method: [] for method in METHODS}
         for seed in arguments.seeds:
-            for method in methods:
+            for method in METHODS:
                 found[method].append(run_once(task, method, seed))
-                write_json(arguments.out, report)
+        write_json(out, report)
     print(table(report))
 
 
