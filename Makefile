@@ -1,9 +1,11 @@
 # make demo   watch K-FAC train beside SGD and AdamW (under a minute)
 # make test   the whole test suite
 # make check  what has to hold before a change lands: lint, types, imports, tests
+# make bench  most scripts of docs/benchmarks.md (half an hour and more)
 # Each door makes its own virtual environment; Python >= 3.11 and make are enough.
 PYTHON ?= python3
 VENV ?= .venv
+DATA ?= ~/.cache/kfac-torch
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -24,9 +26,16 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
+# The last four read MNIST, Fashion-MNIST and Tiny Shakespeare: make bench DATA=folder
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/patch_moments.py
 	$(BIN)/python benchmarks/digits_autoencoder.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gram.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py --data-dir $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity.py --data-dir $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ekfac.py --data-dir $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/batch_growth.py --data-dir $(DATA)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kfac-torch needs Python >= 3.11")'
