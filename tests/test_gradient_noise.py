@@ -101,3 +101,33 @@ def test_what_is_kept_is_apart_from_the_gradients():
             optimizer.step()
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_without_noise_the_whole_batch_makes_the_quadratic_model_later():
+    """And the momentum may be larger; a look is taken at every tenth step from 60 on."""
+    little, much = (GradientNoise(torch.tensor(fraction)) for fraction in (0.05, 0.5))
+    assert [little.looked_at(step).negligible for step in (59, 60, 61, 70)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert not much.looked_at(60).negligible
+    known = little.looked_at(60).after(-torch.ones(()), torch.zeros(()))
+    assert known.seen(torch.ones(())).looked_at(61).negligible  # until the next look
+    assert not known.seen(torch.ones(())).looked_at(70).negligible
+    x, y = torch.randn(20, 4), torch.randn(20, 2)
+    model, seen = linear(), []
+    optimizer = KFAC(
+        model,
+        "normal",
+        momentum_type=QModel(batch_fraction=0.25, average_gradients=True),
+        norm_constraint=TrustRegion(fraction=1e-6),  # far from the minimum to the end
+    )
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for step in range(62):
+        optimizer.zero_grad()
+        (0.5 * mse_loss(model(x), y, reduction="sum") / len(x)).backward()
+        seen.clear()
+        optimizer.step()
+        assert (min(seen) == len(x)) == (step > 60)

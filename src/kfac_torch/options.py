@@ -40,7 +40,9 @@ class QModel:
             smaller for that.
         max_momentum: the momentum found is from 0 to this; None for no bounds.
         average_gradients: apply the inverse to an average of the gradients, over as many
-            steps as their noise asks for (`gradient_noise.py`).
+            steps as their noise asks for (`gradient_noise.py`). Where there is next to
+            none, from step 60 on, the model is of the whole batch and the momentum found
+            may reach 0.99: then only the noise of such estimates is left.
 
     Raises:
         ValueError: a value out of range.

@@ -38,6 +38,8 @@ from .replay import every_kth, rerun, thin_weights
 from .steps import Step
 from .trials import Trial
 
+_MAX_MOMENTUM_WITHOUT_NOISE = 0.99
+
 
 class UpdateRule:
     """Propose steps for the parameters of an optimizer.
@@ -289,7 +291,7 @@ class UpdateRule:
                 previous = list(torch._foreach_mul(previous, moves))
             directions.append(previous)
         model = self._quadratic_model(params, grads, directions)
-        weights = model.minimize(total, fixed, self._qmodel.max_momentum)
+        weights = model.minimize(total, fixed, self._max_momentum())
         weights = weights if lr is None else lr * weights
         weights, scales = self._limited(model, weights, total, trial)
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
@@ -321,9 +323,10 @@ class UpdateRule:
         if not self._qmodel.average_gradients:
             return self.noise, grads
         if not any("previous_update" in state[p] for p in params):
-            noise = GradientNoise()
+            noise = GradientNoise(negligible=self.noise.negligible)
             return noise, noise.averaged(grads, grads)
-        noise = self.noise.seen(_dot(grads, self._remembered(params, "previous_update")))
+        slope = _dot(grads, self._remembered(params, "previous_update"))
+        noise = self.noise.seen(slope).looked_at(self.num_steps)
         average = [
             state[p].get("average_gradient", g) for p, g in zip(params, grads, strict=True)
         ]
@@ -411,8 +414,16 @@ class UpdateRule:
         return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
 
     def _stride(self, call: RootCall) -> int:
+        """One example in so many makes the model; all where only its noise is left."""
         assert self._qmodel is not None
-        return self._qmodel.stride(call.num_terms)
+        return 1 if self.noise.negligible else self._qmodel.stride(call.num_terms)
+
+    def _max_momentum(self) -> float | None:
+        assert self._qmodel is not None
+        largest = self._qmodel.max_momentum
+        if largest is None or not self.noise.negligible:
+            return largest
+        return max(largest, _MAX_MOMENTUM_WITHOUT_NOISE)
 
     def _losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """What the model returned means: distributions, each with its weight."""
