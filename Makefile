@@ -9,7 +9,7 @@ DATA ?= ~/.cache/kfac-torch
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint bench bench-long clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kfac-torch demo
@@ -28,14 +28,18 @@ lint: $(VENV)/.dev
 
 # The last four read MNIST, Fashion-MNIST and Tiny Shakespeare: make bench DATA=folder
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/patch_moments.py
 	$(BIN)/python benchmarks/digits_autoencoder.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gram.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py --data-dir $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity.py --data-dir $(DATA)
+
+bench-long: bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/patch_moments.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inverses.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ekfac.py --data-dir $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/batch_growth.py --data-dir $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/steps_to_target.py --data-dir $(DATA) --stop
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kfac-torch needs Python >= 3.11")'
