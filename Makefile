@@ -1,7 +1,7 @@
 # make demo   watch K-FAC train beside SGD and AdamW (under a minute)
 # make test   the whole test suite
 # make check  what has to hold before a change lands: lint, types, imports, tests
-# make bench  most scripts of docs/benchmarks.md (half an hour and more)
+# make bench  some scripts of docs/benchmarks.md (a quarter of an hour); make bench-long has the others
 # Each door makes its own virtual environment; Python >= 3.11 and make are enough.
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-# The last four read MNIST, Fashion-MNIST and Tiny Shakespeare: make bench DATA=folder
+# Some read MNIST, Fashion-MNIST and Tiny Shakespeare: make bench DATA=folder
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/digits_autoencoder.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gram.py
