@@ -340,9 +340,12 @@ KINDS = (
     "factor",
     "factorisation",
 )
-CLASSIC = {"lr": 0.1, "damping": 0.01}
+# Refreshes often enough that one succeeds between faults of one factor: three in a row
+# that fail are an error, as they should be.
+OFTEN = {"cov_update_every": 1, "invert_every": 5}
+CLASSIC = {"lr": 0.1, "damping": 0.01, **OFTEN}
 TASKS = {"conv net": ConvNet, "autoencoder": Autoencoder}
-MODES = {"classic": CLASSIC, "automatic": {}}
+MODES = {"classic": CLASSIC, "automatic": OFTEN}
 
 
 def train(
