@@ -240,12 +240,13 @@ def test_a_clipped_norm_is_the_gradient_of_the_step():
         (["tail"], {"lr": 0.1}, r"KFAC.group\(\): expected the name"),
         ([], {"lr": 0.1}, "expected parameters of this optimizer"),
         (["2"], {}, "expected some of lr"),
-        (["2"], {"damping": 0.1}, "damping and limits are of the step as a whole"),
+        (["2"], {"damping": 0.1}, "λ and limits are of the step as a whole"),
         (["2"], {"lr": -0.1}, "lr: expected a number >= 0"),
         (["2"], {"lr": None}, "lr: expected a number >= 0"),
         (["2"], {"momentum": 1.0}, "momentum: expected a number in"),
         (["2"], {"weight_decay": -1.0}, "weight_decay: expected"),
         (["2"], {"betas": (0.9, 0.9)}, "betas: expected no such option"),
+        (["2"], {"damping_scale": 0.0}, "damping_scale: expected a positive number"),
     ],
 )
 def test_bad_groups_change_nothing(which, options, message):
@@ -259,3 +260,44 @@ def test_the_quadratic_model_has_one_momentum():
     optimizer = KFAC(net(), "categorical", momentum_type="qmodel_fixedmu")
     with pytest.raises(ValueError, match="momentum: expected no such option"):
         optimizer.group("2", momentum=0.5)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("approx", ["kron", "diagonal", "full", "ekfac"])
+@pytest.mark.parametrize("when", ["before the first step", "between steps"])
+def test_a_layer_has_a_damping_of_its_own(approx, when):
+    """It moves as with that λ everywhere, the other layer as with the common one."""
+    start, batch = net().state_dict(), data()
+    ends = {}
+    for name, damping in {"both": 0.1, "common": 0.1, "own": 1.0}.items():
+        model = net()
+        model.load_state_dict(start)
+        optimizer = KFAC(
+            model,
+            "categorical",
+            approx=approx,
+            estimation_mode="exact",
+            lr=0.0 if when == "between steps" else 0.1,
+            momentum=0.0,
+            norm_constraint=None,
+            damping=damping,
+            cov_update_every=1,
+        )
+        for step in range(2):
+            if name == "both" and step == (when == "between steps"):
+                optimizer.group(model[2], damping_scale=10.0)
+            if step:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.1
+            backward(model, *batch)
+            if step or when != "between steps":
+                before = {k: p.detach().clone() for k, p in model.named_parameters()}
+            optimizer.step()
+            if when == "before the first step":
+                break
+        ends[name] = {k: p.detach() - before[k] for k, p in model.named_parameters()}
+    for key, moved in ends["both"].items():
+        expected = ends["own" if key.startswith("2") else "common"][key]
+        torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-12)
+        other = ends["common" if key.startswith("2") else "own"][key]
+        assert not torch.allclose(moved, other, rtol=1e-3)

@@ -5,6 +5,7 @@ Left out: the options (`options.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,7 +107,7 @@ def param_groups(
     return groups
 
 
-_OF_GROUPS = ("lr", "weight_decay", "momentum", "betas", "eps")
+_OF_GROUPS = ("lr", "weight_decay", "momentum", "betas", "eps", "damping_scale")
 
 
 def regroup(
@@ -124,7 +125,7 @@ def regroup(
     if unknown or not options:
         raise ValueError(
             f"KFAC.group(): expected some of {', '.join(_OF_GROUPS)}, got "
-            f"{', '.join(unknown) or 'none'}; damping and limits are of the step as a whole"
+            f"{', '.join(unknown) or 'none'}; λ and limits are of the step as a whole"
         )
     left: list[list[Tensor]] = []
     new: list[dict[str, Any]] = []
@@ -143,13 +144,22 @@ def _check_options(
 ) -> None:
     """Raise ValueError for options that a group of parameters cannot have."""
     rule = known.get("rule")
-    foreign = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}, None: {"betas", "eps"}}[rule]
+    foreign = {
+        "adamw": {"momentum", "damping_scale"},
+        "sgd": {"betas", "eps", "damping_scale"},
+        None: {"betas", "eps"},
+    }[rule]
     if rule is None and momentum_type.startswith("qmodel"):
         foreign.add("momentum")  # the model's step has one
     for name in sorted(foreign & set(options)):
         raise ValueError(
             f"KFAC.group(): {name}: expected no such option of parameters that follow "
             f"{rule or momentum_type!r}, got {options[name]!r}"
+        )
+    scale = options.get("damping_scale", 1.0)
+    if not (isinstance(scale, float | int) and 0 < scale < math.inf):
+        raise ValueError(
+            f"KFAC.group(): damping_scale: expected a positive number, got {scale!r}"
         )
     group_options(
         momentum_type=momentum_type if rule is None else "regular",

@@ -20,6 +20,7 @@ follow `v ← μ v + g, δ = −η v`. Left out: how λ adapts (`damping.py`).
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -251,6 +252,8 @@ class KFAC(NamedState):
         except NotImplementedError:
             self.estimator.release()
             raise
+        for block in self.estimator.blocks.values():
+            block.damp(functools.partial(self._updates.damping_of, block))
         self._recorder = Recorder(self.estimator)
         if self._updates.modelled or self._updates.rule or self.estimator.is_empirical:
             watch_scale(self.estimator)
@@ -291,8 +294,10 @@ class KFAC(NamedState):
         Args:
             which: names or patterns of modules or parameters (`"*.bias"`), with all that
                 is inside them, module types, modules or parameters.
-            options: `lr`, `weight_decay`, `momentum`; of parameters without a block that
-                follow AdamW `betas` and `eps` too. The rest is as it was. With the
+            options: `lr`, `weight_decay`, `momentum`, `damping_scale` (a factor on λ in
+                the inverse of a layer whose weight is meant); of parameters without a
+                block that follow AdamW `betas` and `eps` too. The rest is as it was. With
+                the
                 quadratic model there is one momentum, and the ratio of the `lr` of the
                 groups scales their parts of the direction, before the model sees it.
 
@@ -323,6 +328,7 @@ class KFAC(NamedState):
             group["params"] = rest
         for group in new:
             self.add_param_group(group)
+        self._schedule.inverses_due |= "damping_scale" in options
         return self.param_groups[-len(new) :]
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -123,6 +123,13 @@ class UpdateRule:
         """Return `λ + ℓ`, which damps the factors; 0 while `F̂` itself is asked for."""
         return 0.0 if self._undamped else self._group["damping"] + self._l2_reg()
 
+    def damping_of(self, block: FisherBlock) -> float:
+        """Return what damps the factors of a block: that of its first parameter's group."""
+        groups = self._optimizer.param_groups
+        first = block.params[0]
+        own = (g for g in groups[1:] if any(p is first for p in g["params"]))
+        return self.total_damping() * next(own, groups[0]).get("damping_scale", 1.0)
+
     def _l2_reg(self) -> float:
         return self.rule.l2_reg if self.rule else 0.0
 

@@ -99,6 +99,10 @@ class FisherBlock(abc.ABC):
             factor.instantiate_cov_variables()
         self._damping, self._factors = damping, factors
 
+    def damp(self, damping: DampingFunc) -> None:
+        """Take another λ, in units of the Fisher of the mean loss, from now on."""
+        self._damping = damping
+
     def planned_factors(self) -> Sequence[Any]:
         """Return the factors; before `instantiate_factors` such as it will make, with the
         inverse registered and no matrix made.
