@@ -440,7 +440,7 @@ def test_memory_is_a_sixth_of_the_patches(
     run()  # what is computed once and kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         result = run()
-    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = trace.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     patches = 64 * channels * (kernel * (size // stride)) ** 2 * 4
     assert len(sizes) > 1
