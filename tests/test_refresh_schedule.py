@@ -134,7 +134,7 @@ def test_neither_a_number_nor_a_refresh(given):
 
 def test_staggered_refreshes_are_spread_after_the_first_three():
     model, every = net(), 4
-    optimizer = make(model, invert_every=Refresh(every=every, staggered=True))
+    optimizer = make(model, invert_every=Refresh(every=every, early=3, staggered=True))
     plan, names = optimizer._schedule.plan, list(optimizer.estimator.blocks)
     changed = refreshed(optimizer, model, batches(12))
     assert changed[:3] == [names] * 3

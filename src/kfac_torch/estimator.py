@@ -41,6 +41,7 @@ from .fisher_factors.base import check_choice
 from .forwards import Forward, Forwards, LossPart, without_nan
 from .health import SCALE, Health, HealthLedger
 from .layer_collection import LayerCollection
+from .linalg import all_finite
 from .loss_check import UserLoss
 from .loss_functions import LossFunction
 from .options import ESTIMATION_MODES, Statistics
@@ -399,7 +400,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             self._take_rest()
             self._add_empirical()
             flags = {
-                name: torch.stack([m.cov.isfinite().all() for m in moments if m]).all()
+                name: torch.stack([all_finite(m.cov) for m in moments if m]).all()
                 for name, moments in self._pending.items()
                 if any(moments)
             }
@@ -501,7 +502,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         if moments is None or moment is None:
             return
         moments[index] = None
-        good = moment.cov.isfinite().all()
+        good = all_finite(moment.cov)
         if self._finite is not None:
             good = good & self._finite.to(good.device)
         if not any(any(left) for left in self._pending.values()):

@@ -78,8 +78,9 @@ class GradientNoise:
         if self.fraction is None:
             return [g.clone() for g in grads]
         beta = self.fraction.clamp(max=_MAX_DECAY)
-        new = list(torch._foreach_mul(average, beta.to(average[0])))
-        torch._foreach_add_(new, torch._foreach_mul(grads, (1 - beta).to(grads[0])))
+        new = list(torch._foreach_sub(average, grads))
+        torch._foreach_mul_(new, beta.to(new[0]))
+        torch._foreach_add_(new, grads)
         return new
 
     def state_dict(self) -> dict[str, Any]:

@@ -414,6 +414,17 @@ def off_diagonal_share(C: Tensor, Q: Tensor) -> Tensor:
     return share.sqrt().amax()
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Return whether a tensor is free of NaN and Inf, 0-dim, in one pass without a mask.
+
+    >>> all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.tensor([1.0, torch.nan]))
+    (tensor(True), tensor(False))
+    """
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()
+
+
 def _all_finite(C: Tensor) -> Tensor:
     """Whether each matrix `[..., n, n]` is free of NaN and Inf, `[...]`."""
     return C.isfinite().flatten(-2).all(-1)

@@ -118,7 +118,7 @@ class KFAC(NamedState):
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
             or a `QModel`, which has options. None is `"regular"` with an `lr`, else the
-            quadratic model of an eighth of the batch, with a momentum of at most 0.95, on
+            quadratic model of a sixteenth of the batch, with a momentum of at most 0.95, on
             gradients that are averaged as far as they are noise.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
@@ -132,7 +132,8 @@ class KFAC(NamedState):
         cov_update_every: steps between statistics; None is every one of the first ten,
             then 3, or 10.
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
-            options; the first three steps refresh them too. None is 6, or 10.
+            options; the first ten steps refresh them too (three, if `cov_update_every` is
+            given). None is 6, or 10.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
         approx: an approximation for all layers that have it, or for each by name, type or

@@ -8,6 +8,7 @@ depend on the momentum type. Left out: anything that is done with them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -129,10 +130,16 @@ def _stride(batch_fraction: float, min_terms: int, num_terms: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegion:
-    """A limit on the whole step by the exact undamped Fisher: `δᵀFδ <= fraction · L`.
+    """A limit on the whole step by the exact undamped Fisher: `δᵀFδ <= f · L`.
+
+    From step to step `f` goes from `fraction` to `final`, as
+    `f_t = final + (fraction − final) exp(−t/decay_steps)`: the first steps are long ones,
+    and the later ones, of gradients that are noise for the greater part, shorter.
 
     Args:
         fraction: a positive number.
+        final: a positive number; None for `fraction`, that is no change.
+        decay_steps: how fast; a positive number.
         unit: `L`, in units of the mean loss; None for the loss of the batch itself. Of a
             loss that goes below 0, like that of a normal distribution with a variance of
             its own, it is the part that does not; of any convex loss what a Newton step of
@@ -141,18 +148,29 @@ class TrustRegion:
 
     Raises:
         ValueError: a number that is not positive.
+
+    >>> region = TrustRegion(fraction=0.1, final=0.02, decay_steps=10.0)
+    >>> [round(region.fraction_at(step), 3) for step in (0, 10, 100)]
+    [0.1, 0.049, 0.02]
     """
 
-    fraction: float = 0.05
+    fraction: float = 0.1
+    final: float | None = None
+    decay_steps: float = 20.0
     unit: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("fraction", "unit"):
+        for name in ("fraction", "final", "decay_steps", "unit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(
                     f"TrustRegion: {name}: expected a positive number, got {value!r}"
                 )
+
+    def fraction_at(self, step: int) -> float:
+        """Return `f` at a step, counted from 0."""
+        final = self.fraction if self.final is None else self.final
+        return final + (self.fraction - final) * math.exp(-step / self.decay_steps)
 
 
 AbsoluteDamping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
@@ -162,7 +180,7 @@ Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
 def automatic() -> QModel:
     """Return the momentum type of an optimizer that was given no `lr`."""
     return QModel(
-        batch_fraction=0.125, min_terms=128, max_momentum=0.95, average_gradients=True
+        batch_fraction=0.0625, min_terms=64, max_momentum=0.95, average_gradients=True
     )
 
 
@@ -275,7 +293,7 @@ def resolve(
     >>> resolve(0.1, None, 1e-2, "auto")
     ('regular', 0.01, 'auto')
     >>> resolve(None, None, None, "auto")[2]
-    TrustRegion(fraction=0.05, unit=None)
+    TrustRegion(fraction=0.1, final=0.03, decay_steps=20.0, unit=None)
     """
     is_automatic = momentum_type is None and lr is None
     if momentum_type is None:
@@ -286,7 +304,7 @@ def resolve(
         modelled = isinstance(momentum_type, QModel)
         damping = RelativeDamping() if modelled else RelativeDamping(0.1)
     if is_automatic and norm_constraint == "auto":
-        norm_constraint = TrustRegion()
+        norm_constraint = TrustRegion(fraction=0.1, final=0.03)
     return momentum_type, damping, norm_constraint
 
 

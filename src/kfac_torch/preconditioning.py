@@ -24,7 +24,8 @@ from .fisher_blocks import FisherBlock
 from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_tolerance
 
 _COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
-_EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
+# The first factors are of few batches: their inverses age fast.
+_EARLY_REFRESHES = 3
 
 
 class Schedule:
@@ -35,7 +36,8 @@ class Schedule:
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses, or a `Refresh`.
         num_burnin_steps: the first steps, which only gather statistics.
-        early_updates: of the steps after them, that take statistics whatever the interval.
+        early_updates: of the steps after them, that take statistics whatever the interval;
+            they refresh all inverses too.
 
     Attributes:
         options: what it was made with, by name.
@@ -69,6 +71,8 @@ class Schedule:
             "num_burnin_steps": num_burnin_steps,
             "early_updates": early_updates,
         }
+        least = max(_EARLY_REFRESHES, early_updates)
+        self._early = least if refresh.early is None else refresh.early
         self._collected = False
         self.num_steps = 0
         self.num_burnt = 0
@@ -90,7 +94,7 @@ class Schedule:
     def _due(self) -> list[str]:
         """The layers whose inverses are due."""
         blocks = self._estimator.blocks
-        if self.num_steps < _EARLY_REFRESHES:
+        if self.num_steps < self._early:
             return list(blocks)
         due = set(self.layers_due)
         if self._estimator.has_new_layers():

@@ -130,31 +130,54 @@ def _quotient(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
-def products(directions: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the inner products `DᵀD [k, k]` of directions, each a list of tensors.
+def products(
+    directions: Sequence[Sequence[Tensor]],
+    others: Sequence[Sequence[Tensor]] | None = None,
+) -> Tensor:
+    """Return the inner products `DᵀE [k, m]` of directions, each a list of tensors.
 
     Accumulated in float32 at least, summed and returned as `solving_dtype`.
+
+    Args:
+        directions: `D`.
+        others: `E`; `D` if None.
 
     >>> p, q = torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])
     >>> products([[p, q], [2 * p, q]])
     tensor([[14., 19.],
             [19., 29.]], dtype=torch.float64)
+    >>> products([[p, q]], [[2 * p, q]])
+    tensor([[19.]], dtype=torch.float64)
     """
-    k, device = len(directions), directions[0][0].device
-    total = torch.zeros(k, k, dtype=solving_dtype(device), device=device)
-    for parts in zip(*directions, strict=True):
-        parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
-        rows = [_accumulating(part).flatten() for part in parts]
-        if len(rows[0]) < _LONG:
-            stacked = torch.stack(rows)
-            total += (stacked @ stacked.mT).to(total)
-            continue
-        # Without a copy of everything.
-        dots = [torch.dot(rows[i], rows[j]) for i in range(k) for j in range(i, k)]
-        upper = torch.triu_indices(k, k, device=device)
-        gram = total.new_zeros(k, k).index_put_(tuple(upper), torch.stack(dots).to(total))
-        total += gram + gram.triu(1).mT
-    return total
+    device = directions[0][0].device
+    D = [_rows(parts) for parts in directions]
+    E = D if others is None else [_rows(parts) for parts in others]
+    entries = [
+        [
+            torch.stack([torch.dot(a, b).to(device) for a, b in zip(d, e, strict=True)])
+            for e in (E if others is not None else E[i:])
+        ]
+        for i, d in enumerate(D)
+    ]
+    sums = torch.stack([dots for row in entries for dots in row])
+    sums = sums.to(solving_dtype(device)).sum(-1)
+    if others is not None:
+        return sums.view(len(D), len(E))
+    upper = torch.triu_indices(len(D), len(D), device=device)
+    gram = sums.new_zeros(len(D), len(D)).index_put_(tuple(upper), sums)
+    return gram + gram.triu(1).mT
+
+
+def _rows(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as rows; short ones of a kind are joined, for calls cost more there."""
+    rows = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
+    rows = [_accumulating(row).flatten() for row in rows]
+    short: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for row in rows:
+        if len(row) < _LONG:
+            short.setdefault((row.device, row.dtype), []).append(row)
+    long = [row for row in rows if len(row) >= _LONG]
+    return long + [torch.cat(some) if len(some) > 1 else some[0] for some in short.values()]
 
 
 def _accumulating(tensor: Tensor) -> Tensor:

@@ -24,10 +24,12 @@ from .options import check_count
 class Refresh:
     """When inverses are refreshed: an `invert_every` with options.
 
-    The first three steps refresh all, whatever this says.
+    The first steps refresh all, whatever the intervals.
 
     Args:
         every: steps between refreshes of a layer.
+        early: how many these are; None for as many as take statistics whatever their
+            interval, ten where that is not given, and for three at least.
         staggered: spread the layers over these steps by cost, so that no step refreshes
             all of them; a layer's turn comes once every so many steps as before. A λ that
             changes is then taken up by each layer at its turn, where else a λ that adapts
@@ -44,16 +46,18 @@ class Refresh:
         ValueError: a count below 1, or a tolerance that is no positive number.
 
     >>> Refresh(every=10, staggered=True)
-    Refresh(every=10, staggered=True, basis_every=1, basis_tolerance=None)
+    Refresh(every=10, early=None, staggered=True, basis_every=1, basis_tolerance=None)
     """
 
     every: int = 5
+    early: int | None = None
     staggered: bool = False
     basis_every: int = 1
     basis_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_count("Refresh: every", self.every, 1)
+        check_count("Refresh: early", 1 if self.early is None else self.early, 1)
         check_count("Refresh: basis_every", self.basis_every, 1)
         tolerance = self.basis_tolerance
         if tolerance is not None and not tolerance > 0:

@@ -73,7 +73,7 @@ class UpdateRule:
         self._names = names
         self._qmodel = momentum_type if isinstance(momentum_type, QModel) else None
         self._momentum_type = self._qmodel.name if self._qmodel else momentum_type
-        self._unit_of_region = trust_region and trust_region.unit
+        self._trust_region = trust_region
         self.num_steps = 0
         self.noise = GradientNoise()  # of the steps so far
         chosen = estimator.layers.is_chosen
@@ -103,7 +103,7 @@ class UpdateRule:
         return {
             "momentum_type": self._momentum_type,
             "quadratic_model": self._qmodel,
-            "unit of the trust region": self._unit_of_region,
+            "trust region": self._trust_region,
         }
 
     def restore_rule(self, adapts: bool) -> None:
@@ -366,14 +366,15 @@ class UpdateRule:
         return weights, scales
 
     def _region(self, trial: Trial, like: Tensor) -> Tensor | None:
-        """`fraction · L`; where nothing tells `L`, no limit."""
-        unit = self._unit_of_region
-        unit = trial.batch.size() if unit is None else unit
+        """`f · L`; where nothing tells `L`, no limit."""
+        region = self._trust_region or TrustRegion()
+        unit = trial.batch.size() if region.unit is None else region.unit
         unit = trial.loss if unit is None else unit
         if unit is None:
             return None
         size = torch.as_tensor(unit).to(like).abs().nan_to_num(torch.inf)
-        return self._group["trust_region"] * size
+        shape = region.fraction_at(self.num_steps) / region.fraction
+        return self._group["trust_region"] * shape * size
 
     def _quadratic_model(
         self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
@@ -417,8 +418,8 @@ class UpdateRule:
         finally:
             if now is not None:
                 set_random_state(now, device)
-        gram = products([*directions, grads])
-        return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
+        norms, slopes = products(directions), products(directions, [grads])[:, 0]
+        return QuadraticModel(curvature.to(norms), norms, slopes)
 
     def _stride(self, call: RootCall) -> int:
         """One example in so many makes the model; all where only its noise is left."""
@@ -479,4 +480,4 @@ def _finite_memory(memory: Sequence[Mapping[str, Any]]) -> Tensor:
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The inner product of two lists of tensors, 0-dim."""
-    return products([list(left), list(right)])[0, 1]
+    return products([list(left)], [list(right)])[0, 0]

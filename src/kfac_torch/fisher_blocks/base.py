@@ -303,7 +303,11 @@ class FisherBlock(abc.ABC):
         """Return `F_λ^exp` times tensors like `params`, in their shapes and dtype."""
         vector = self.params_to_vector(tensors).to(self.dtype)
         parts = self.vector_to_params(self.multiply_matpower(vector, exp))
-        return [part.to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
+        # Each is read several times: a copy in order is cheaper than a strided view.
+        return [
+            part.to(like.dtype).contiguous()
+            for part, like in zip(parts, tensors, strict=True)
+        ]
 
     # State.
 

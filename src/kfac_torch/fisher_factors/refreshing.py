@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..linalg import NotFiniteError, Workspace
+from ..linalg import NotFiniteError, Workspace, all_finite
 from .base import FisherFactor
 from .cholesky_batch import CholeskyBatch, Computed, Failures, Member, batches_of, store
 from .inverse_providing import InverseProvidingFactor
@@ -129,7 +129,7 @@ def _of_one(factor: FisherFactor) -> list[Computed]:
         powers = factor._powers_by_eigendecomp() if eigen else []
         return powers + factor._compute_others()
     found = factor.compute_stored()
-    flags = [tensor.isfinite().all() for _, tensors in found for tensor in tensors]
+    flags = [all_finite(tensor) for _, tensors in found for tensor in tensors]
     if flags and not torch.stack(flags).all():
         raise NotFiniteError(
             f"matrix {factor.name}, or one that it is made of, has NaN or Inf entries"

@@ -97,10 +97,10 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         self, gradient: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """Return `Σ w (A − zσ) + zg`, with `A = log(1 + e^z)` and `g = w (σ − y)`."""
-        z = self._inputs.detach()
-        return (
-            _times(weights, functional.softplus(z) - z * self._p()) + z * gradient
-        ).sum()
+        z, p = self._inputs.detach(), self._p()
+        A = _times(weights, functional.softplus(z)).sum()
+        p = p if weights is None else weights * p
+        return A + torch.dot(z.flatten(), (gradient - p).flatten())
 
     def change_from_gradient(
         self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
