@@ -132,9 +132,27 @@ def test_neither_a_number_nor_a_refresh(given):
 # Inside an optimizer.
 
 
+@pytest.mark.parametrize(
+    ("options", "early"),
+    [
+        ({"invert_every": 100}, 10),
+        ({"invert_every": 100, "cov_update_every": 1}, 3),
+        ({"invert_every": Refresh(every=100, early=5)}, 5),
+        ({"invert_every": Refresh(every=100, basis_every=5), "approx": "ekfac"}, 10),
+    ],
+)
+def test_the_first_steps_refresh_all(options, early):
+    model = net()
+    optimizer = make(model, **options)
+    names = list(optimizer.estimator.blocks)
+    changed = refreshed(optimizer, model, batches(12))
+    assert changed == [names] * early + [[]] * (12 - early)
+    optimizer.close()
+
+
 def test_staggered_refreshes_are_spread_after_the_first_three():
     model, every = net(), 4
-    optimizer = make(model, invert_every=Refresh(every=every, early=3, staggered=True))
+    optimizer = make(model, invert_every=Refresh(every=every, staggered=True, early=3))
     plan, names = optimizer._schedule.plan, list(optimizer.estimator.blocks)
     changed = refreshed(optimizer, model, batches(12))
     assert changed[:3] == [names] * 3
@@ -200,7 +218,7 @@ def test_a_new_damping_waits_for_its_turn_staggered_alone():
     for staggered in (False, True):
         torch.manual_seed(0)
         model = net()
-        refresh = Refresh(every=4, staggered=staggered)
+        refresh = Refresh(every=4, staggered=staggered, early=3)
         optimizer = make(model, damping=rule, invert_every=refresh)
         names = list(optimizer.estimator.blocks)
         damping, changed, data = set(), [], batches(1)[0]
@@ -233,7 +251,7 @@ def test_a_new_damping_waits_for_its_turn_staggered_alone():
 
 def test_what_was_due_at_a_step_left_out_is_due_at_the_next():
     model = net()
-    optimizer = make(model, invert_every=Refresh(every=3, staggered=True))
+    optimizer = make(model, invert_every=Refresh(every=3, staggered=True, early=3))
     data = batches(6)
     data[4] = (torch.full_like(data[4][0], torch.nan), data[4][1])
     plan = optimizer._schedule.plan
@@ -260,7 +278,7 @@ class Late(nn.Module):
 
 def test_a_layer_that_is_called_late_is_refreshed_at_once():
     model, data = Late(), batches(7)
-    optimizer = make(model, invert_every=Refresh(every=100, staggered=True))
+    optimizer = make(model, invert_every=Refresh(every=100, staggered=True, early=3))
     for number, batch in enumerate(data):
         model.late = number > 4
         step(model, optimizer, batch)
@@ -271,7 +289,7 @@ def test_a_layer_that_is_called_late_is_refreshed_at_once():
 
 def test_some_layers_alone():
     model = net()
-    optimizer = make(model, invert_every=100)
+    optimizer = make(model, invert_every=Refresh(every=100, early=3))
     for batch in batches(4):
         step(model, optimizer, batch)
     blocks = optimizer.estimator.blocks
@@ -307,7 +325,9 @@ def test_bases_are_decomposed_every_so_many_refreshes():
 
 def test_between_decompositions_scales_and_damping_act_at_once():
     model = net()
-    optimizer = make(model, invert_every=Refresh(every=1, basis_every=50), approx="ekfac")
+    optimizer = make(
+        model, invert_every=Refresh(every=1, basis_every=50, early=3), approx="ekfac"
+    )
     for batch in batches(4):
         step(model, optimizer, batch)
     block = optimizer.estimator.blocks["0"]
@@ -328,7 +348,7 @@ def test_between_decompositions_scales_and_damping_act_at_once():
 def test_a_damping_that_adapts_leaves_rare_bases_alone():
     model = net()
     rule = LevenbergMarquardt(initial=1.0, decay=0.5, interval=1)
-    refresh = Refresh(every=1, basis_every=50)
+    refresh = Refresh(every=1, basis_every=50, early=3)
     optimizer = make(model, damping=rule, invert_every=refresh, approx="ekfac")
     basis, (x, y) = [], batches(1)[0]
 
@@ -432,7 +452,7 @@ def test_resumed_bit_for_bit(refresh):
 
 def test_a_state_without_what_is_due_loads():
     model = net()
-    optimizer = make(model, invert_every=Refresh(every=3, staggered=True))
+    optimizer = make(model, invert_every=Refresh(every=3, staggered=True, early=3))
     step(model, optimizer, batches(1)[0])
     state = optimizer.state_dict()
     assert state["kfac"].pop("layers_due") == optimizer._schedule.plan.due_at(1)

@@ -28,8 +28,6 @@ class Refresh:
 
     Args:
         every: steps between refreshes of a layer.
-        early: how many these are; None for as many as take statistics whatever their
-            interval, ten where that is not given, and for three at least.
         staggered: spread the layers over these steps by cost, so that no step refreshes
             all of them; a layer's turn comes once every so many steps as before. A λ that
             changes is then taken up by each layer at its turn, where else a λ that adapts
@@ -41,19 +39,21 @@ class Refresh:
             beside the diagonal, by norm, is no more than this (0.1, say); None decomposes
             at every refresh. One product of matrices says so, where a decomposition is the
             work of six or more.
+        early: how many the first steps are; None for as many as take statistics whatever
+            their interval, ten where that is not given, and for three at least.
 
     Raises:
         ValueError: a count below 1, or a tolerance that is no positive number.
 
     >>> Refresh(every=10, staggered=True)
-    Refresh(every=10, early=None, staggered=True, basis_every=1, basis_tolerance=None)
+    Refresh(every=10, staggered=True, basis_every=1, basis_tolerance=None, early=None)
     """
 
     every: int = 5
-    early: int | None = None
     staggered: bool = False
     basis_every: int = 1
     basis_tolerance: float | None = None
+    early: int | None = None
 
     def __post_init__(self) -> None:
         check_count("Refresh: every", self.every, 1)
