@@ -33,6 +33,7 @@ from torch import Tensor
 from .batch_loss import BatchLoss
 from .block_products import BlockProducts
 from .capture import Capture, LayerCall
+from .cost_model import StepCosts, forward_cost, step_costs
 from .damping import DampingFunc, check_damping
 from .empirical import empirical_moments
 from .fisher_blocks import FisherBlock, Moment
@@ -224,6 +225,16 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         """The loss terms of all forwards whose backward has run since `reset`."""
         return sum(forward.num_terms for forward in self._forwards.arrived)
 
+    @property
+    def forward_cost(self) -> float:
+        """The multiply-adds of these forwards in the layers, where they were recorded."""
+        return sum(forward.cost for forward in self._forwards.arrived)
+
+    def step_costs(self, forward: float) -> StepCosts:
+        """Return what a step takes like the last one that had statistics."""
+        blocks, k = self.blocks.values(), self._replays.stride
+        return step_costs(blocks, forward, k, not self.is_empirical)
+
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""
         return self.layers.losses(output)
@@ -252,6 +263,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self, forward: Forward, calls: list[LayerCall], outputs: list[Tensor]
     ) -> None:
         """Take the statistics of a forward, unless the user's gradients make them."""
+        forward.cost = forward_cost(calls, self.blocks)
         if self._mode == "empirical":
             forward.calls = calls  # until the backward has been through the layers
             return
