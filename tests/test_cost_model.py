@@ -22,13 +22,15 @@ from kfac_torch import (
     Refresh,
     RelativeDamping,
 )
-from kfac_torch.cost_model import _AVERAGE, _LAYER, Intervals, StepCosts
+from kfac_torch.checkpoint import to_tensors
+from kfac_torch.cost_model import _ENTRY, _LAYER, Intervals, StepCosts
+from kfac_torch.fisher_blocks import Moment
 
 BOTH = ("statistics", "inverses")
 
 
 def wide():
-    """Factors that are large for the batches below: EKFAC decomposes 121 and 100 wide ones."""
+    """Factors that are large for the batches below: EKFAC decomposes them."""
     return nn.Sequential(nn.Linear(120, 100), nn.Tanh(), nn.Linear(100, 3))
 
 
@@ -69,7 +71,7 @@ def test_all_costs_of_a_net_by_hand():
     estimator.update_covariances()
     costs = estimator.step_costs(forward)
     entries = 6**2 + 4**2 + 5**2 + 3**2
-    assert costs.statistics == forward + R * entries + _AVERAGE * entries
+    assert costs.statistics == forward + R * entries + _ENTRY * entries
     products = 6 * 4 * (6 + 4) + 5 * 3 * (5 + 3)
     assert costs.rest == 3 * forward + products + 2 * _LAYER
     assert costs.refresh == 44.0 * (6**3 + 4**3 + 5**3 + 3**3)
@@ -80,7 +82,7 @@ def test_statistics_of_part_of_the_batch_have_a_forward_of_their_own():
     optimizer = KFAC(model, "categorical")
     step(model, optimizer, batch(R, 5))
     forward, entries = R * 5 * 3, 6**2 + 3**2
-    expected = (2 * forward + R * entries) / 4 + _AVERAGE * entries
+    expected = (2 * forward + R * entries) / 4 + _ENTRY * entries
     assert optimizer.estimator.step_costs(forward).statistics == expected
 
 
@@ -88,7 +90,7 @@ def test_the_users_gradients_need_no_backward():
     model, R = nn.Linear(5, 3), 512
     optimizer = KFAC(model, "categorical", estimation_mode="empirical")
     step(model, optimizer, batch(R, 5))
-    expected = (R + _AVERAGE) * (6**2 + 3**2)
+    expected = (R + _ENTRY) * (6**2 + 3**2)
     assert optimizer.estimator.step_costs(R * 5 * 3).statistics == expected
 
 
@@ -182,6 +184,15 @@ def test_micro_batches_are_one_step():
     assert optimizer.estimator.forward_cost == 12 * 5 * 3
 
 
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_moment_is_checked_by_its_extremes(bad, dtype):
+    cov = torch.full((3, 70, 70), torch.finfo(dtype).max, dtype=dtype)
+    if bad is not None:
+        cov[1, 67, 5] = bad
+    assert Moment(cov, 1.0, 1.0).is_finite().item() is (bad is None)
+
+
 # From costs to intervals.
 
 
@@ -259,7 +270,7 @@ def test_large_factors_are_amortised_and_a_larger_batch_bears_more():
     assert [each.inverses for each in found] == [27, 12]
     assert all(0.2 < each.refresh_share <= 0.25 for each in found)
     preconditioner = after_a_step(model, batch(8), KFACPreconditioner, approx="ekfac")
-    assert (preconditioner.statistics, preconditioner.inverses) == (1, 34)
+    assert (preconditioner.statistics, preconditioner.inverses) == (1, 27)
 
 
 @pytest.mark.parametrize("given", [6, Refresh(every=6), Refresh(every=6, staggered=True)])
@@ -282,10 +293,11 @@ def test_they_are_chosen_once_and_told_in_one_line(caplog):
         for size in (8, 1000, 8):
             step(model, optimizer, batch(size))
             seen.append(optimizer.intervals)
-    assert seen[0].inverses == 27 and seen == seen[:1] * 3
+    assert seen[0].inverses == 27
+    assert seen == seen[:1] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        "K-FAC: statistics every 3 steps, inverses every 27: about 15 % and 24 % of the rest "
-        "of a step"
+        "K-FAC: statistics every 3 steps, inverses every 27: about 15 % and 24 % of the "
+        "rest of a step"
     ]
 
 
@@ -329,8 +341,9 @@ def test_a_damping_that_is_given_adapts_as_it_says():
     model = wide()
     optimizer = KFAC(model, "categorical", **options)
     found = refreshes(model, optimizer, 40)
-    assert optimizer._updates.rule.interval == 6 and optimizer.intervals.inverses == 27
-    assert found == sorted({0, 1, 2, 27, *found}) and len(found) > 4
+    assert optimizer._updates.rule.interval == 6
+    assert optimizer.intervals.inverses == 27
+    assert {0, 1, 2, 27} < set(found)
 
 
 def test_an_interval_that_is_given_leaves_the_default_damping_alone():
@@ -343,17 +356,21 @@ def test_an_interval_that_is_given_leaves_the_default_damping_alone():
 # State.
 
 
-def everything(*things):
-    return repr([thing.state_dict() for thing in things])
+def assert_same_bits(some, others):
+    (a, plain), (b, other_plain) = (
+        to_tensors([thing.state_dict() for thing in things]) for things in (some, others)
+    )
+    assert plain == other_plain
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
 @pytest.mark.parametrize("at", [0, 1, 2, 20, 27])
 def test_a_run_is_resumed_bit_for_bit(float64, kind, at):
     """The batch after the interruption is of another size, and would choose others."""
-    torch.set_printoptions(precision=17, threshold=10**7)
     model = wide()
-    sizes = itertools.chain([8] * max(at, 1), itertools.repeat(2000))
+    sizes = itertools.chain([8] * max(at, 1), itertools.repeat(1000))
     data = [batch(size) for size, _ in zip(sizes, range(at + 4), strict=False)]
     optimizer = kind(model, "categorical", approx="ekfac")
     for each in data[:at]:
@@ -367,8 +384,7 @@ def test_a_run_is_resumed_bit_for_bit(float64, kind, at):
         step(twin, other, each)
     assert other.intervals == optimizer.intervals
     assert other.intervals.inverses == 27
-    assert everything(model, optimizer) == everything(twin, other)
-    torch.set_printoptions(profile="default")
+    assert_same_bits((model, optimizer), (twin, other))
 
 
 def test_a_state_from_before_there_were_any_keeps_the_least():
@@ -403,13 +419,13 @@ def test_a_load_that_fails_leaves_them(monkeypatch):
     before = other._schedule.plan
     with pytest.raises((TypeError, ValueError, AttributeError)):
         other.load_state_dict(state)
-    assert other.intervals.inverses == 6 and other._schedule.plan is before
+    assert other.intervals.inverses == 6
+    assert other._schedule.plan is before
 
 
 def test_a_rule_at_another_interval_has_the_same_factor():
     rule = LevenbergMarquardt(initial=1.0, decay=0.85, interval=6)
     assert rule.every(6) == rule
     longer = rule.every(60)
-    assert longer.interval == 60 and longer.update(1.0, 0.9) == pytest.approx(
-        rule.update(1.0, 0.9), rel=1e-13
-    )
+    assert longer.interval == 60
+    assert longer.update(1.0, 0.9) == pytest.approx(rule.update(1.0, 0.9), rel=1e-13)

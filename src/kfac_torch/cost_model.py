@@ -8,8 +8,9 @@ example in `k`, `c_r` a refresh of its inverses:
     c_s = (2 c_f + R (n² + m²))/k + u (n² + m²)
 
 with `ρ` the time of a multiply-add of an inverse (of an eigendecomposition) in units of
-that of a product of large matrices, and `u` that of an entry's moving average. Summed over
-layers, each of which takes `o` in a step whatever its size, the intervals are the least of
+that of a product of large matrices, and `u` that of an entry of a factor, however few the
+rows. Summed over layers, each of which takes `o` in a step whatever its size, the intervals
+are the least of
 
     τ_r >= c_r/(ς_r C),    τ_s >= c_s/(ς_s C),    C = 3 c_f + c_p + o
 
@@ -51,7 +52,7 @@ MOST_STEPS = 100
 _SIZES = (64, 128, 256, 512, 1024, 2048)
 _INVERSE = (44.0, 12.0, 4.1, 2.2, 1.4, 0.91)
 _DECOMPOSITION = (11.0, 3.8, 1.9, 1.1, 0.84, 0.72)
-_AVERAGE = 250.0  # `u`
+_ENTRY = 250.0  # `u`
 _LAYER = 1.1e7  # `o`
 
 
@@ -154,10 +155,10 @@ def step_costs(
     k = stride or 1
     passes = (2 if k > 1 else 1) * forward * takes_gradients
     moments = sum(f.moment_cost(b.last_rows or 0) for b in ready for f in b.factors)
-    averages = _AVERAGE * sum(math.prod(factor.kept_shapes[0]) for factor in factors)
+    entries = _ENTRY * sum(math.prod(factor.kept_shapes[0]) for factor in factors)
     return StepCosts(
         rest=3 * forward + sum(map(_product_cost, ready)) + _LAYER * len(ready),
-        statistics=(passes + moments) / k + averages,
+        statistics=(passes + moments) / k + entries,
         refresh=sum(map(_refresh_cost, factors)),
     )
 

@@ -411,7 +411,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             self._take_rest()
             self._add_empirical()
             flags = {
-                name: torch.stack([m.cov.isfinite().all() for m in moments if m]).all()
+                name: torch.stack([m.is_finite() for m in moments if m]).all()
                 for name, moments in self._pending.items()
                 if any(moments)
             }
@@ -513,7 +513,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         if moments is None or moment is None:
             return
         moments[index] = None
-        good = moment.cov.isfinite().all()
+        good = moment.is_finite()
         if self._finite is not None:
             good = good & self._finite.to(good.device)
         if not any(any(left) for left in self._pending.values()):

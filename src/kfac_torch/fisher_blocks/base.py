@@ -44,6 +44,10 @@ class Moment:
     uses: int = 1
     basis_version: int = 0
 
+    def is_finite(self) -> Tensor:
+        """Whether it is free of NaN and Inf, 0-dim: by its extremes, in one pass."""
+        return torch.stack(self.cov.aminmax()).isfinite().all()
+
     def merge(self, other: Moment) -> None:
         """Take in another batch: as if both had been one."""
         if self.basis_version != other.basis_version:
