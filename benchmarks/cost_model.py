@@ -7,8 +7,8 @@ library itself calls: a damped inverse, per n³; an eigendecomposition, per 9 n�
 `refresh_cost` counts); a second moment of 512 rows, per 512 n²; what a matrix takes however
 few its rows, a moment of 16, its check and its average, per n²; forward and backward of a
 linear layer on 512 rows, per 3 · 512 n². Of a layer whatever its size: what one more makes
-a step of `KFAC(lr=...)` longer, without statistics and refreshes, batches of 8 and 8 features. The parts take turns
-in every round; medians of processor time, float32.
+a step of `KFAC(lr=...)` longer, without statistics and refreshes, batches of 8 and 8
+features. The parts take turns in every round; medians of processor time, float32.
 """
 
 from __future__ import annotations
