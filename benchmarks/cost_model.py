@@ -6,9 +6,10 @@ The unit is a multiply-add of a product of 1024 x 1024 matrices. By size n, of w
 library itself calls: a damped inverse, per n³; an eigendecomposition, per 9 n³ (as
 `refresh_cost` counts); a second moment of 512 rows, per 512 n²; what a matrix takes however
 few its rows, a moment of 16, its check and its average, per n²; forward and backward of a
-linear layer on 512 rows, per 3 · 512 n². Of a layer whatever its size: what one more makes
-a step of `KFAC(lr=...)` longer, without statistics and refreshes, batches of 8 and 8
-features. The parts take turns in every round; medians of processor time, float32.
+linear layer on 512 rows, per 3 · 512 n². Whatever the sizes, of a step of `KFAC(lr=...)`
+without statistics and refreshes, batches of 8 and 8 features: what one more layer makes it
+longer, and the rest. The parts take turns in every round; medians of processor time,
+float32.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def measure(rounds: int) -> dict[str, Any]:
     steps = [tiny_step(depth) for depth in DEPTHS]
     units: list[float] = []
     layers: list[float] = []
+    alone: list[float] = []
     found: dict[str, dict[int, list[float]]] = {}
     for _ in range(rounds):
         unit = seconds(lambda: a @ b) / UNIT**3
@@ -109,11 +111,13 @@ def measure(rounds: int) -> dict[str, Any]:
             for name, (run, number) in parts[n].items():
                 values = found.setdefault(name, {}).setdefault(n, [])
                 values.append(seconds(run) / number / unit)
-        few, many = (seconds(step) for step in steps)
-        layers.append((many - few) / (DEPTHS[1] - DEPTHS[0]) / unit)
+        few, many = (seconds(step) / unit for step in steps)
+        layers.append((many - few) / (DEPTHS[1] - DEPTHS[0]))
+        alone.append(few - DEPTHS[0] * layers[-1])
     return {
         "machine": machine(),
         "multiply_adds_per_second": 1 / statistics.median(units),
+        "step": statistics.median(alone),
         "layer": statistics.median(layers),
         "by_size": {
             name: {str(n): round(statistics.median(v), 3) for n, v in values.items()}
@@ -131,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = measure(options.rounds)
     print(f"{result['multiply_adds_per_second']:.3g} multiply-adds per second")
-    print(f"a layer: {result['layer']:.3g}")
+    print(f"a step: {result['step']:.3g}, a layer: {result['layer']:.3g}")
     for name, values in result["by_size"].items():
         print(f"{name:>14}", *(f"{n}: {v:g}" for n, v in values.items()), sep="  ")
     write_json(options.out, result)

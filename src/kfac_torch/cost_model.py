@@ -9,17 +9,17 @@ example in `k`, `c_r` a refresh of its inverses:
 
 with `ρ` the time of a multiply-add of an inverse (of an eigendecomposition) in units of
 that of a product of large matrices, and `u` that of an entry of a factor, however few the
-rows. Summed over layers, each of which takes `o` in a step whatever its size, the intervals
-are the least of
+rows. Summed over layers, each of which takes `o` in a step whatever its size, and the step
+`o₀`, the intervals are the least of
 
-    τ_r >= c_r/(ς_r C),    τ_s >= c_s/(ς_s C),    C = 3 c_f + c_p + o
+    τ_r >= c_r/(ς_r C),    τ_s >= c_s/(ς_s C),    C = 3 c_f + c_p + o + o₀
 
 that are not below what suits small nets. Backwards are two forwards; statistics that are
 taken as the user's backward comes by (`k = 1`) have no forward of their own. `C` has the
 product, since a step cannot do without: rarer refreshes could not make it any cheaper.
 
-Decisions are of shapes alone, never of a clock, so that a run can be repeated. `ρ`, `u`
-and `o` were measured once, on a processor:
+Decisions are of shapes alone, never of a clock, so that a run can be repeated. `ρ`, `u`,
+`o` and `o₀` were measured once, on a processor:
 
     OMP_NUM_THREADS=1 python benchmarks/cost_model.py
 
@@ -54,6 +54,7 @@ _INVERSE = (44.0, 12.0, 4.1, 2.2, 1.4, 0.91)
 _DECOMPOSITION = (11.0, 3.8, 1.9, 1.1, 0.84, 0.72)
 _ENTRY = 250.0  # `u`
 _LAYER = 1.1e7  # `o`
+_STEP = 5.8e7  # `o₀`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ def step_costs(
     moments = sum(f.moment_cost(b.last_rows or 0) for b in ready for f in b.factors)
     entries = _ENTRY * sum(math.prod(factor.kept_shapes[0]) for factor in factors)
     return StepCosts(
-        rest=3 * forward + sum(map(_product_cost, ready)) + _LAYER * len(ready),
+        rest=3 * forward + sum(map(_product_cost, ready)) + _LAYER * len(ready) + _STEP,
         statistics=(passes + moments) / k + entries,
         refresh=sum(map(_refresh_cost, factors)),
     )

@@ -148,7 +148,9 @@ class Schedule:
             return
         costs = self._estimator.step_costs(forward_cost)
         self._set_intervals(costs.amortised(self._least, self._free))
-        logging.getLogger("kfac_torch").info("K-FAC: %s", self.intervals)
+        found, least = self.intervals, self._least
+        if (found.statistics, found.inverses) != (least.statistics, least.inverses):
+            logging.getLogger("kfac_torch").info("K-FAC: %s", found)
 
     def _set_intervals(self, intervals: Intervals) -> None:
         self.intervals = intervals
