@@ -12,18 +12,19 @@ that of a product of large matrices, and `u` that of an entry of a factor, howev
 rows. Summed over layers, each of which takes `o` in a step whatever its size, and the step
 `o₀`, the intervals are the least of
 
-    τ_r >= c_r/(ς_r C),    τ_s >= c_s/(ς_s C),    C = 3 c_f + c_p + o + o₀
+    τ_r >= c_r/(ς_r C),    τ_s >= c_s/(ς_s C),    C = 3 c_f + c_m + c_p + o + o₀
 
 that are not below what suits small nets. Backwards are two forwards; statistics that are
 taken as the user's backward comes by (`k = 1`) have no forward of their own. `C` has the
-product, since a step cannot do without: rarer refreshes could not make it any cheaper.
+product, since a step cannot do without, and `c_m`, the quadratic model of one example in
+`k_m`: `5 c_f/k_m`, of a forward and two for each of two directions.
 
 Decisions are of shapes alone, never of a clock, so that a run can be repeated. `ρ`, `u`,
 `o` and `o₀` were measured once, on a processor:
 
     OMP_NUM_THREADS=1 python benchmarks/cost_model.py
 
-Left out: layers without a block, the quadratic model (which only makes `C` larger), that
+Left out: layers without a block (which only make `C` larger), that
 moments of patches take less than `R m²` by `patch_lags.py`, the many sources of the
 `"exact"` mode, and accelerators, which factorise slower than `ρ` says.
 """
@@ -55,6 +56,7 @@ _DECOMPOSITION = (11.0, 3.8, 1.9, 1.1, 0.84, 0.72)
 _ENTRY = 250.0  # `u`
 _LAYER = 1.1e7  # `o`
 _STEP = 5.8e7  # `o₀`
+_MODEL = 5.0  # forwards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ def step_costs(
     forward: float,
     stride: int | None,
     takes_gradients: bool = True,
+    model_stride: int | None = None,
 ) -> StepCosts:
     """Return what the parts of a step take.
 
@@ -150,6 +153,7 @@ def step_costs(
         forward: `c_f` of all layers: see `forward_cost`.
         stride: `k`; above 1 statistics take a forward of their own.
         takes_gradients: whether statistics take a backward, not the user's gradients.
+        model_stride: `k_m`; None without a quadratic model.
     """
     ready = [block for block in blocks if block.last_rows is not None]
     factors = [factor for block in ready for factor in block.factors]
@@ -157,8 +161,13 @@ def step_costs(
     passes = (2 if k > 1 else 1) * forward * takes_gradients
     moments = sum(f.moment_cost(b.last_rows or 0) for b in ready for f in b.factors)
     entries = _ENTRY * sum(math.prod(factor.kept_shapes[0]) for factor in factors)
+    model = _MODEL * forward / model_stride if model_stride else 0.0
     return StepCosts(
-        rest=3 * forward + sum(map(_product_cost, ready)) + _LAYER * len(ready) + _STEP,
+        rest=3 * forward
+        + model
+        + sum(map(_product_cost, ready))
+        + _LAYER * len(ready)
+        + _STEP,
         statistics=(passes + moments) / k + entries,
         refresh=sum(map(_refresh_cost, factors)),
     )

@@ -230,10 +230,10 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         """The multiply-adds of these forwards in the layers, where they were recorded."""
         return sum(forward.cost for forward in self._forwards.arrived)
 
-    def step_costs(self, forward: float) -> StepCosts:
+    def step_costs(self, forward: float, model_stride: int | None = None) -> StepCosts:
         """Return what a step takes like the last one that had statistics."""
         blocks, k = self.blocks.values(), self._replays.stride
-        return step_costs(blocks, forward, k, not self.is_empirical)
+        return step_costs(blocks, forward, k, not self.is_empirical, model_stride)
 
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""

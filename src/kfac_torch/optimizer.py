@@ -225,6 +225,7 @@ class KFAC(NamedState):
             num_burnin_steps=num_burnin_steps,
             early_updates=pace.early_updates,
             free=pace.free,
+            model=chosen.model,
         )
 
     def _watch(

@@ -247,6 +247,11 @@ class Chosen:
         chosen = self.momentum_type
         return chosen.name if isinstance(chosen, QModel) else chosen
 
+    @property
+    def model(self) -> QModel | None:
+        """The quadratic model, if it makes the steps."""
+        return self.momentum_type if isinstance(self.momentum_type, QModel) else None
+
 
 def choose(
     *,

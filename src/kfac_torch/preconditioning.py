@@ -25,6 +25,7 @@ from .cost_model import Intervals
 from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
+from .options import QModel
 from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_tolerance
 
 _COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
@@ -42,6 +43,7 @@ class Schedule:
         early_updates: of the steps after them, that take statistics whatever the interval.
         free: of `"statistics"` and `"inverses"`, the intervals that the cost model may
             lengthen at the first batch.
+        model: the quadratic model that makes the steps, if any.
 
     Attributes:
         options: what it was made with, by name.
@@ -65,6 +67,7 @@ class Schedule:
         num_burnin_steps: int = 0,
         early_updates: int = 0,
         free: Iterable[str] = (),
+        model: QModel | None = None,
     ) -> None:
         self._estimator = estimator
         self._refresh = refresh = as_refresh(invert_every)
@@ -79,7 +82,7 @@ class Schedule:
         }
         self._least = Intervals(statistics=cov_update_every, inverses=every)
         self.intervals, self._free = self._least, frozenset(free)
-        self._settled = not self._free
+        self._settled, self._model = not self._free, model
         self._collected = False
         self.num_steps = 0
         self.num_burnt = 0
@@ -146,7 +149,9 @@ class Schedule:
         self._settled = True
         if not forward_cost:
             return
-        costs = self._estimator.step_costs(forward_cost)
+        calls = [call for call in self._estimator.capture.forwards if call.arrived]
+        stride = self._model.stride(calls[0].num_terms) if self._model and calls else None
+        costs = self._estimator.step_costs(forward_cost, stride)
         self._set_intervals(costs.amortised(self._least, self._free))
         found, least = self.intervals, self._least
         if (found.statistics, found.inverses) != (least.statistics, least.inverses):
