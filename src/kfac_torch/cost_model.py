@@ -51,11 +51,11 @@ MOST_STEPS = 100
 # Sizes, and the time of a multiply-add of `refresh_cost` there, in units of that of a
 # product of large matrices.
 _SIZES = (64, 128, 256, 512, 1024, 2048)
-_INVERSE = (44.0, 12.0, 4.1, 2.2, 1.4, 0.91)
-_DECOMPOSITION = (11.0, 3.8, 1.9, 1.1, 0.84, 0.72)
-_ENTRY = 250.0  # `u`
-_LAYER = 1.1e7  # `o`
-_STEP = 5.8e7  # `o₀`
+_INVERSE = (48.0, 14.0, 4.5, 2.3, 1.4, 0.94)
+_DECOMPOSITION = (12.0, 4.3, 2.1, 1.1, 0.84, 0.71)
+_ENTRY = 200.0  # `u`, of 256 rows and more
+_LAYER = 1.2e7  # `o`
+_STEP = 6.3e7  # `o₀`
 _MODEL = 5.0  # forwards
 
 
