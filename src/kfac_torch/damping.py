@@ -275,6 +275,17 @@ class LevenbergMarquardt:
             damping /= factor
         return min(max(damping, self.min_damping), self.max_damping)
 
+    def every(self, interval: int) -> LevenbergMarquardt:
+        """Return the rule with another interval and the same `ω`.
+
+        >>> rule = LevenbergMarquardt(initial=1.0, decay=0.25, interval=2).every(4)
+        >>> rule.decay, rule.update(1.0, 0.9)
+        (0.5, 0.0625)
+        """
+        return replace(
+            self, interval=interval, decay=self.decay ** (self.interval / interval)
+        )
+
     def times(self, unit: float) -> LevenbergMarquardt:
         """Return the rule with λ and its bounds in another unit; `l2_reg` has its own."""
         return replace(

@@ -33,6 +33,7 @@ from torch import Tensor
 from .batch_loss import BatchLoss
 from .block_products import BlockProducts
 from .capture import Capture, LayerCall
+from .cost_model import StepCosts, forward_cost, step_costs
 from .damping import DampingFunc, check_damping
 from .empirical import empirical_moments
 from .fisher_blocks import FisherBlock, Moment
@@ -41,7 +42,6 @@ from .fisher_factors.base import check_choice
 from .forwards import Forward, Forwards, LossPart, without_nan
 from .health import SCALE, Health, HealthLedger
 from .layer_collection import LayerCollection
-from .linalg import all_finite
 from .loss_check import UserLoss
 from .loss_functions import LossFunction
 from .options import ESTIMATION_MODES, Statistics
@@ -225,6 +225,16 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         """The loss terms of all forwards whose backward has run since `reset`."""
         return sum(forward.num_terms for forward in self._forwards.arrived)
 
+    @property
+    def forward_cost(self) -> float:
+        """The multiply-adds of these forwards in the layers, where they were recorded."""
+        return sum(forward.cost for forward in self._forwards.arrived)
+
+    def step_costs(self, forward: float, model_stride: int | None = None) -> StepCosts:
+        """Return what a step takes like the last one that had statistics."""
+        blocks, k = self.blocks.values(), self._replays.stride
+        return step_costs(blocks, forward, k, not self.is_empirical, model_stride)
+
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""
         return self.layers.losses(output)
@@ -253,6 +263,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self, forward: Forward, calls: list[LayerCall], outputs: list[Tensor]
     ) -> None:
         """Take the statistics of a forward, unless the user's gradients make them."""
+        forward.cost = forward_cost(calls, self.blocks)
         if self._mode == "empirical":
             forward.calls = calls  # until the backward has been through the layers
             return
@@ -400,7 +411,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             self._take_rest()
             self._add_empirical()
             flags = {
-                name: torch.stack([all_finite(m.cov) for m in moments if m]).all()
+                name: torch.stack([m.is_finite() for m in moments if m]).all()
                 for name, moments in self._pending.items()
                 if any(moments)
             }
@@ -502,7 +513,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         if moments is None or moment is None:
             return
         moments[index] = None
-        good = all_finite(moment.cov)
+        good = moment.is_finite()
         if self._finite is not None:
             good = good & self._finite.to(good.device)
         if not any(any(left) for left in self._pending.values()):

@@ -80,6 +80,7 @@ class Forward:
         calls: of the layers, until they are used.
         outputs: every `z`, until they are used.
         arrived: whether a backward has reached one.
+        cost: multiply-adds of the calls that were recorded.
     """
 
     parts: list[LossPart]
@@ -88,6 +89,7 @@ class Forward:
     calls: list[LayerCall] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     arrived: bool = False
+    cost: float = 0.0
 
     @property
     def num_terms(self) -> float:

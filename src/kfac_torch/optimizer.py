@@ -130,10 +130,11 @@ class KFAC(NamedState):
         cov_ema_decay: of the factors' moving average, in [0, 1]; None is 0.85, with an
             `lr` or a given momentum type 0.95.
         cov_update_every: steps between statistics; None is every one of the first ten,
-            then 3, or 10.
+            then 3, or 10, and more where they cost much (`intervals`).
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
             options; the first ten steps refresh them too (three, if `cov_update_every` is
-            given). None is 6, or 10.
+            given). None is 6, or 10, and more where factors are large: a refresh then takes
+            a quarter of the rest of a step at most, and the first three steps have one.
         num_burnin_steps: the first steps only gather statistics, all with equal weight,
             and move nothing; they do not count as steps otherwise.
         approx: an approximation for all layers that have it, or for each by name, type or
@@ -213,8 +214,7 @@ class KFAC(NamedState):
         self._given_damping = self._damping = chosen.damping
         self._statistics = pace.statistics
         self._momentum_type = chosen.kind
-        self._calibrated = False
-        self._told = False  # whether the change of the loss is known to be told
+        self._calibrated = self._told = False  # λ; that the loss's change is known
         self.damping_unit: float | None = None
         with loss_taken_back(layers, loss):
             self._watch(layers, pace, chosen)
@@ -224,6 +224,8 @@ class KFAC(NamedState):
             invert_every=as_refresh(pace.invert_every),
             num_burnin_steps=num_burnin_steps,
             early_updates=pace.early_updates,
+            free=pace.free,
+            model=chosen.model,
         )
 
     def _watch(
@@ -449,8 +451,10 @@ class KFAC(NamedState):
         self.damping_unit, self._damping = unit, self._given_damping
         if unit is not None and isinstance(self._given_damping, RelativeDamping):
             self._damping = self._given_damping.absolute(unit)
-        if isinstance(self._damping, LevenbergMarquardt) and self._updates.rule is not None:
-            self._updates.rule = self._damping
+        if isinstance(self._damping, LevenbergMarquardt):
+            if self._adapts_if_told:  # nobody has set it
+                self._damping = self._schedule.paced(self._damping)
+            self._updates.rule = self._updates.rule and self._damping
 
     def _update_inverses(self) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .cost_model import Intervals
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 
@@ -258,14 +259,20 @@ def _is_part(value: Any) -> bool:
 class NamedState(torch.optim.Optimizer):
     """An optimizer whose state is of this form (abstract).
 
-    It has an `estimator`, `_names` of its parameters, `_updates`, and sets `_stepping`
-    while a step is made; it stays set where one is interrupted half-way.
+    It has an `estimator`, `_names` of its parameters, `_updates`, `_schedule`, and sets
+    `_stepping` while a step is made; it stays set where one is interrupted half-way.
     """
 
     estimator: FisherEstimator
     _names: dict[Tensor, str]
     _updates: Any
+    _schedule: Any
     _stepping = False
+
+    @property
+    def intervals(self) -> Intervals:
+        """How often statistics are taken and inverses refreshed, from the first step on."""
+        return self._schedule.intervals
 
     @abc.abstractmethod
     def _options(self) -> dict[str, Any]:

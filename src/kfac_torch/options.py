@@ -189,14 +189,17 @@ class Pace:
     """How often, and of how much, the curvature is estimated: what each None stands for.
 
     The first steps change most; statistics are taken at each of them. A fixed step size
-    bears older factors than one that the quadratic model finds.
+    bears older factors than one that the quadratic model finds. Intervals that are not
+    given (`free`) are the least there may be: `cost_model.py` lengthens them.
 
     >>> Pace.resolve(automatic=True)  # doctest: +NORMALIZE_WHITESPACE
     Pace(statistics=Statistics(mode='gradients', batch_fraction=0.25, min_terms=128),
-         cov_ema_decay=0.85, cov_update_every=3, invert_every=6, early_updates=10)
+         cov_ema_decay=0.85, cov_update_every=3, invert_every=6, early_updates=10,
+         free=('statistics', 'inverses'))
     >>> Pace.resolve(automatic=True, estimation_mode="exact", cov_update_every=2)
     Pace(statistics=Statistics(mode='exact', batch_fraction=1.0, min_terms=1),
-         cov_ema_decay=0.85, cov_update_every=2, invert_every=6, early_updates=0)
+         cov_ema_decay=0.85, cov_update_every=2, invert_every=6, early_updates=0,
+         free=('inverses',))
     """
 
     statistics: Statistics
@@ -204,6 +207,7 @@ class Pace:
     cov_update_every: int
     invert_every: Any
     early_updates: int
+    free: tuple[str, ...] = ()
 
     @classmethod
     def resolve(
@@ -220,6 +224,7 @@ class Pace:
             ValueError: a mode or an interval that there is not.
         """
         early = _EARLY_UPDATES if cov_update_every is None else 0
+        given = {"statistics": cov_update_every, "inverses": invert_every}
         decay, covs, inverses = _AUTOMATIC if automatic else _CLASSIC
         if estimation_mode is None:
             estimation_mode = Statistics(batch_fraction=0.25, min_terms=128)
@@ -234,6 +239,7 @@ class Pace:
             cov_update_every=covs,
             invert_every=inverses if invert_every is None else invert_every,
             early_updates=early,
+            free=tuple(name for name, steps in given.items() if steps is None),
         )
 
 
@@ -258,6 +264,11 @@ class Chosen:
         """The name of the momentum type."""
         chosen = self.momentum_type
         return chosen.name if isinstance(chosen, QModel) else chosen
+
+    @property
+    def model(self) -> QModel | None:
+        """The quadratic model, if it makes the steps."""
+        return self.momentum_type if isinstance(self.momentum_type, QModel) else None
 
 
 def choose(

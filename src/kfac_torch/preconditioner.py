@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .capture import uncompiled
 from .construction import complete, loss_taken_back
+from .cost_model import Intervals
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
@@ -42,6 +43,7 @@ from .recording import watch_scale
 from .refresh_schedule import Refresh, as_refresh
 
 _STATE_VERSION = 2
+_INVERT_EVERY = 5
 _LEFT_OUT = (
     "KFACPreconditioner.step(): NaN, Inf or overflow in {}; gradients and factors keep "
     "their values and step() returns False: leave the optimizer's step out (counted in "
@@ -70,7 +72,8 @@ class KFACPreconditioner:
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
-            options; the first three steps refresh them too.
+            options; the first three steps refresh them too. None is 5, and more where
+            factors are large, so that it is a quarter of the rest of a step at most.
         norm_constraint: `c`, in nats of squared Fisher norm: a limit on the step that the
             optimizer would make of this gradient alone, `η² κ² pᵀF̂p <= c` (`KFAC` has
             1e-3); each `step` is told `η` then. None is for no limit, as suits optimizers
@@ -112,7 +115,7 @@ class KFACPreconditioner:
         estimation_mode: str | Statistics = "gradients",
         cov_ema_decay: float = 0.95,
         cov_update_every: int = 1,
-        invert_every: int | Refresh = 5,
+        invert_every: int | Refresh | None = None,
         norm_constraint: float | None = None,
         approx: str | Mapping[Any, str] | Layers | None = None,
     ) -> None:
@@ -129,7 +132,8 @@ class KFACPreconditioner:
                 f"{norm_constraint!r}"
             )
         check_count("cov_update_every", cov_update_every, 1)
-        invert_every = as_refresh(invert_every)
+        free = ("inverses",) if invert_every is None else ()
+        invert_every = as_refresh(_INVERT_EVERY if invert_every is None else invert_every)
         self.damping = damping_at(given, 0)
         self.damping_unit: float | None = None
         self.norm_constraint = norm_constraint
@@ -150,7 +154,10 @@ class KFACPreconditioner:
         if self.estimator.is_empirical:
             watch_scale(self.estimator)
         self._schedule = Schedule(
-            self.estimator, cov_update_every=cov_update_every, invert_every=invert_every
+            self.estimator,
+            cov_update_every=cov_update_every,
+            invert_every=invert_every,
+            free=free,
         )
 
     def _current_damping(self) -> float:
@@ -160,6 +167,11 @@ class KFACPreconditioner:
     def close(self) -> None:
         """Remove every hook from the model."""
         self.estimator.close()
+
+    @property
+    def intervals(self) -> Intervals:
+        """How often statistics are taken and inverses refreshed, from the first step on."""
+        return self._schedule.intervals
 
     def report(self) -> CoverageReport:
         """Return what is done with every parameter; see `LayerCollection.report`."""

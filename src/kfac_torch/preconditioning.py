@@ -13,14 +13,19 @@ leaves that to another optimizer. Left out: λ, and what a singular factor leads
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cost_model import Intervals
+from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
+from .options import QModel
 from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_tolerance
 
 _COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
@@ -38,9 +43,13 @@ class Schedule:
         num_burnin_steps: the first steps, which only gather statistics.
         early_updates: of the steps after them, that take statistics whatever the interval;
             they refresh all inverses too.
+        free: of `"statistics"` and `"inverses"`, the intervals that the cost model may
+            lengthen at the first batch.
+        model: the quadratic model that makes the steps, if any.
 
     Attributes:
         options: what it was made with, by name.
+        intervals: in force.
         num_steps: taken, burn-in not counted.
         num_burnt: steps of burn-in taken.
         plan: which layers are refreshed when.
@@ -59,6 +68,8 @@ class Schedule:
         invert_every: int | Refresh,
         num_burnin_steps: int = 0,
         early_updates: int = 0,
+        free: Iterable[str] = (),
+        model: QModel | None = None,
     ) -> None:
         self._estimator = estimator
         self._refresh = refresh = as_refresh(invert_every)
@@ -71,8 +82,9 @@ class Schedule:
             "num_burnin_steps": num_burnin_steps,
             "early_updates": early_updates,
         }
-        least = max(_EARLY_REFRESHES, early_updates)
-        self._early = least if refresh.early is None else refresh.early
+        self._least = Intervals(statistics=cov_update_every, inverses=every)
+        self.intervals, self._free = self._least, frozenset(free)
+        self._settled, self._model = not self._free, model
         self._collected = False
         self.num_steps = 0
         self.num_burnt = 0
@@ -91,10 +103,19 @@ class Schedule:
         """Whether inverses are due: by their age, or as some of the first ones."""
         return bool(self._due())
 
+    @property
+    def _early_refreshes(self) -> int:
+        """How many first steps refresh all: few, where a refresh is worth many steps."""
+        if self._refresh.early is not None:
+            return self._refresh.early
+        if self.intervals.inverses > self._least.inverses:
+            return _EARLY_REFRESHES
+        return max(_EARLY_REFRESHES, self.options["early_updates"])
+
     def _due(self) -> list[str]:
         """The layers whose inverses are due."""
         blocks = self._estimator.blocks
-        if self.num_steps < self._early:
+        if self.num_steps < self._early_refreshes:
             return list(blocks)
         due = set(self.layers_due)
         if self._estimator.has_new_layers():
@@ -121,6 +142,7 @@ class Schedule:
         norms = torch._foreach_norm(grads)
         flags = [norm.isfinite().to(norms[0].device) for norm in norms]
         finite = torch.stack(flags).all() if flags else None
+        forward_cost = estimator.forward_cost
         with estimator.capture.clock.phase("statistics"):
             decay = 1.0 if self.burning else None
             before = estimator.ledger.unknown_scales
@@ -128,7 +150,34 @@ class Schedule:
         self._collected = estimator.ledger.unknown_scales == before  # else they stay due
         if not bad and self._collected:
             self.last_update = self.num_steps
+            self._settle(forward_cost)
         return bad
+
+    def _settle(self, forward_cost: float) -> None:
+        """Choose the intervals that are free, once, by what the first batch has shown."""
+        if self._settled:
+            return
+        self._settled = True
+        if not forward_cost:
+            return
+        calls = [call for call in self._estimator.capture.forwards if call.arrived]
+        stride = self._model.stride(calls[0].num_terms) if self._model and calls else None
+        costs = self._estimator.step_costs(forward_cost, stride)
+        self._set_intervals(costs.amortised(self._least, self._free))
+        found, least = self.intervals, self._least
+        if (found.statistics, found.inverses) != (least.statistics, least.inverses):
+            logging.getLogger("kfac_torch").info("K-FAC: %s", found)
+
+    def _set_intervals(self, intervals: Intervals) -> None:
+        self.intervals = intervals
+        if intervals.inverses != self._refresh.every:
+            self._refresh = replace(self._refresh, every=intervals.inverses)
+            self.plan = RefreshPlan(self._estimator.blocks, self._refresh)
+
+    def paced(self, rule: LevenbergMarquardt) -> LevenbergMarquardt:
+        """Return a rule that adapts λ when inverses are refreshed, if that became rarer."""
+        every = self.intervals.inverses
+        return rule.every(every) if every > self._least.inverses else rule
 
     def refresh(self) -> None:
         """Refresh the inverses that are due.
@@ -174,7 +223,7 @@ class Schedule:
         if self._collected and good:
             self._estimator.collecting = False
         early = self.num_steps < self.options["early_updates"]
-        if early or self.num_steps % self.options["cov_update_every"] == 0:
+        if early or self.num_steps % self.intervals.statistics == 0:
             self._estimator.collecting = True
         if not self.plan.is_uniform:
             # A step that is left out leaves what was due to the next one.
@@ -186,13 +235,23 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, and what is due, as plain data."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {**counts, "layers_due": list(self.layers_due)}
+        settled = asdict(self.intervals) if self._settled else None
+        return {**counts, "layers_due": list(self.layers_due), "intervals": settled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name in _COUNTS:
             setattr(self, name, state[name])
         self.layers_due = list(state.get("layers_due", ()))  # older states have none
+        # Older states are of runs with the least intervals.
+        least: dict[str, Any] = asdict(self._least)
+        known = state.get("intervals", least)
+        self._settled = known is not None or not self._free
+        given = {"statistics", "inverses"} - self._free
+        intervals = Intervals(**(known or least))
+        self._set_intervals(
+            replace(intervals, **{n: getattr(self._least, n) for n in given})
+        )
 
 
 def dense_gradients(

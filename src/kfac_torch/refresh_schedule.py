@@ -40,7 +40,8 @@ class Refresh:
             at every refresh. One product of matrices says so, where a decomposition is the
             work of six or more.
         early: how many the first steps are; None for as many as take statistics whatever
-            their interval, ten where that is not given, and for three at least.
+            their interval, ten where that is not given, and for three at least; for three
+            where refreshes are so dear that their interval was lengthened.
 
     Raises:
         ValueError: a count below 1, or a tolerance that is no positive number.

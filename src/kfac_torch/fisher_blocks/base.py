@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..damping import DampingFunc, PackagedFunc, evaluate_damping, normalize_damping
 from ..fisher_factors import DiagonalFactor, FactorOptions, FisherFactor
 from ..fisher_factors.inverse_providing import InverseProvidingFactor
+from ..linalg import all_finite
 
 
 @dataclass
@@ -43,6 +44,10 @@ class Moment:
     terms: float
     uses: int = 1
     basis_version: int = 0
+
+    def is_finite(self) -> Tensor:
+        """Whether it is free of NaN and Inf, 0-dim."""
+        return all_finite(self.cov)
 
     def merge(self, other: Moment) -> None:
         """Take in another batch: as if both had been one."""
