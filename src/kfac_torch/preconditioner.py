@@ -39,7 +39,7 @@ from .preconditioning import (
     ready_blocks,
 )
 from .recording import watch_scale
-from .refresh_schedule import Refresh, as_refresh
+from .refresh_schedule import Refresh, check_device
 
 _STATE_VERSION = 2
 _LEFT_OUT = (
@@ -88,6 +88,7 @@ class KFACPreconditioner:
         ValueError: a value out of range, a loss that is not known, or a model without
             any supported layer.
         TypeError: a damping that adapts.
+        NotImplementedError: refreshes in the background of a model not on the CPU.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -129,7 +130,7 @@ class KFACPreconditioner:
                 f"{norm_constraint!r}"
             )
         check_count("cov_update_every", cov_update_every, 1)
-        invert_every = as_refresh(invert_every)
+        check_device(invert_every, model)
         self.damping = damping_at(given, 0)
         self.damping_unit: float | None = None
         self.norm_constraint = norm_constraint
@@ -158,7 +159,7 @@ class KFACPreconditioner:
         return self.damping
 
     def close(self) -> None:
-        """Remove every hook from the model."""
+        """Remove every hook from the model; end the thread of background refreshes."""
         self.estimator.close()
 
     def report(self) -> CoverageReport:

@@ -29,14 +29,16 @@ Left out: sides that are not whole matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..linalg import off_diagonal_share, psd_eigh
-from .base import FactorOptions
+from .base import FactorOptions, FisherFactor
+from .cholesky_batch import store
 from .data import append_homog
 from .diagonal import GRADIENT_BYTES, DiagonalFactor
 from .inverse_providing import Computed, InverseProvidingFactor, Stored
@@ -165,11 +167,18 @@ class EigenScaleFactor(DiagonalFactor):
             for side, Q in zip(self._sides, kept, strict=True)
         )
         if self._num_corrections:
-            old_A, old_G = self.basis
-            left, right = (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
-            scales = left @ self._stored_cov() @ right.mT
+            scales = self._scales_in(Q_A, Q_G)
         else:
             scales = s_A.unsqueeze(-1) * s_G.unsqueeze(-2)
+        return self._moved(Q_A, Q_G, scales)
+
+    def _scales_in(self, Q_A: Tensor, Q_G: Tensor) -> Tensor:
+        """`S'`, the scales in another basis."""
+        old_A, old_G = self.basis
+        left, right = (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
+        return left @ self._stored_cov() @ right.mT
+
+    def _moved(self, Q_A: Tensor, Q_G: Tensor, scales: Tensor) -> list[Computed]:
         moved = Stored("scales", 0.0, 0.0, (self._stored_cov(),))
         return [(self._basis, (Q_A, Q_G)), (moved, (scales,))]
 
@@ -191,6 +200,39 @@ class EigenScaleFactor(DiagonalFactor):
             refresh_inverses([self])
 
         return [op]
+
+    # Refreshed in a thread.
+
+    def snapshot(
+        self, twins: Mapping[FisherFactor, FisherFactor], state: Any = None
+    ) -> Self:
+        """Return a copy to be refreshed in a thread, of the copies of `A` and `G`."""
+        twin = super().snapshot(twins, state)
+        A, G = (twins[side] for side in self._sides)
+        assert isinstance(A, InverseProvidingFactor)
+        assert isinstance(G, InverseProvidingFactor)
+        twin._sides = A, G
+        twin._cov = self._stored_cov().clone()
+        tensors = tuple(q.clone() for q in self._basis.tensors)
+        twin._basis = replace(self._basis, tensors=tensors)
+        if state is not None:
+            twin._num_corrections = state["num_corrections"]
+        return twin
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """Return what makes the same copy again: the basis has not moved since."""
+        return {"num_corrections": self._num_corrections}
+
+    def adopt(self, twin: Self) -> None:
+        """Take the basis of a copy, and bring to it what the scales are by now."""
+        super().adopt(twin)
+        if all(map(torch.equal, twin.basis, self.basis)):
+            return  # it was good enough
+        Q_A, Q_G = twin.basis
+        # Without corrections those of the copy are `s_A s_Gᵀ`.
+        known = self._num_corrections > 0
+        scales = self._scales_in(Q_A, Q_G) if known else twin._stored_cov()
+        store(self._moved(Q_A, Q_G, scales))
 
     # Costs.
 

@@ -1,0 +1,123 @@
+"""Refreshes in the background against refreshes at once: seconds per step, of the clock.
+
+    OMP_NUM_THREADS=1 python benchmarks/background.py [--rounds N] [--json FILE]
+
+Nets of three hidden layers, 1024 and 2048 wide, with K-FAC's inverses (by Cholesky) or
+EKFAC's bases (by ``eigh``), of random data; statistics and refreshes every ten steps.
+Three twins train in turn, ten steps each, from the same weights on the same batch:
+
+    at once, 1     as without the option, on one core
+    at once, 2     the same, torch's operations on two cores
+    background     ``Refresh(every=10, background=9)``: training on one core, the thread's
+                   refresh on the other
+
+The ten steps have all of a refresh in them, from its begin until it has come in. Medians
+[min-max] over the rounds of the mean step and of the longest one of the ten. At least two
+cores that nothing else uses are needed. float32.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import machine, write_json
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kfac_torch import KFAC, Refresh
+
+EVERY = 10
+CASES = [(width, approx) for width in (1024, 2048) for approx in ("kron", "ekfac")]
+# Cores of torch's operations, staleness.
+KINDS = {"at once, 1": (1, None), "at once, 2": (2, None), "background": (1, EVERY - 1)}
+
+
+def make_net(width: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden: list[nn.Module] = []
+    for _ in range(3):
+        hidden += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+
+class Twin:
+    """A net with its optimizer."""
+
+    def __init__(self, net: nn.Module, approx: str, staleness: int | None) -> None:
+        self.net = copy.deepcopy(net)
+        refresh = Refresh(every=EVERY, background=staleness)
+        self.optimizer = KFAC(
+            self.net,
+            "categorical",
+            lr=1e-3,
+            damping=0.1,
+            invert_every=refresh,
+            cov_update_every=EVERY,
+            approx=approx,
+        )
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        """Train on a batch; seconds of the clock."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        cross_entropy(self.net(x), y).backward()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+
+def measure(width: int, approx: str, rounds: int, size: int = 256) -> dict[str, Any]:
+    """Seconds per step of every kind, by round."""
+    net = make_net(width)
+    x, y = torch.randn(size, width), torch.randint(10, (size,))
+    twins = {name: Twin(net, approx, n) for name, (_, n) in KINDS.items()}
+    for name, twin in twins.items():
+        torch.set_num_threads(KINDS[name][0])
+        for _ in range(EVERY):  # up to the first refresh that is not one of the early ones
+            twin.step(x, y)
+    means: dict[str, list[float]] = {name: [] for name in twins}
+    longest: dict[str, list[float]] = {name: [] for name in twins}
+    for _ in range(rounds):
+        for name, twin in twins.items():
+            torch.set_num_threads(KINDS[name][0])
+            seconds = [twin.step(x, y) for _ in range(EVERY)]
+            assert not twin.optimizer.estimator.background.layers
+            means[name].append(statistics.mean(seconds))
+            longest[name].append(max(seconds))
+    for twin in twins.values():
+        twin.optimizer.close()
+    return {
+        name: {"mean": spread(means[name]), "longest": spread(longest[name])}
+        for name in twins
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return {"min": low, "median": middle, "max": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"machine": machine(), "cases": []}
+    for width, approx in CASES:
+        found = measure(width, approx, options.rounds)
+        result["cases"].append({"width": width, "approx": approx, **found})
+        for name, numbers in found.items():
+            texts = [
+                f"{1e3 * v['median']:7.1f} [{1e3 * v['min']:.1f}-{1e3 * v['max']:.1f}]"
+                for v in numbers.values()
+            ]
+            print(f"{width} {approx:5s} {name:11s} ms, mean and longest: ", *texts)
+    if options.json:
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
