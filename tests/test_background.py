@@ -408,6 +408,9 @@ def test_another_error_of_the_thread_is_raised_by_the_step(monkeypatch):
     for batch in data[3:5]:
         step(model, optimizer, batch)
     before = copied(stored_of(optimizer))
+    [pending] = optimizer.estimator.background._pending
+    with pytest.raises(Stopped):
+        pending.wait()  # the thread is through
     monkeypatch.undo()
     with pytest.raises(Stopped):
         step(model, optimizer, data[5])
