@@ -1,4 +1,4 @@
-"""Refreshes in the background against refreshes at once: seconds per step, of the clock.
+"""Refreshes in the background against refreshes at once: seconds per step.
 
     OMP_NUM_THREADS=1 python benchmarks/background.py [--rounds N] [--json FILE]
 
@@ -12,8 +12,10 @@ Three twins train in turn, ten steps each, from the same weights on the same bat
                    refresh on the other
 
 The ten steps have all of a refresh in them, from its begin until it has come in. Medians
-[min-max] over the rounds of the mean step and of the longest one of the ten. At least two
-cores that nothing else uses are needed. float32.
+[min-max] over the rounds: of the clock, the mean step and the longest of the ten; of
+processor time, the mean of the training thread and that of all others together, which says
+the same on a busy machine. On an idle one of two cores the clock of a step is the training
+thread's time, as long as the others have less. float32.
 """
 
 import argparse
@@ -68,30 +70,37 @@ class Twin:
         self.optimizer.step()
         return time.perf_counter() - start
 
+    def steps(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+        """Train on a batch as often as there is a refresh; seconds per step."""
+        thread, process = time.thread_time(), time.process_time()
+        seconds = [self.step(x, y) for _ in range(EVERY)]
+        assert not self.optimizer.estimator.background.layers
+        thread, process = time.thread_time() - thread, time.process_time() - process
+        return {
+            "mean": statistics.mean(seconds),
+            "longest": max(seconds),
+            "training thread": thread / EVERY,
+            "others": (process - thread) / EVERY,
+        }
+
 
 def measure(width: int, approx: str, rounds: int, size: int = 256) -> dict[str, Any]:
     """Seconds per step of every kind, by round."""
     net = make_net(width)
     x, y = torch.randn(size, width), torch.randint(10, (size,))
     twins = {name: Twin(net, approx, n) for name, (_, n) in KINDS.items()}
-    for name, twin in twins.items():
-        torch.set_num_threads(KINDS[name][0])
-        for _ in range(EVERY):  # up to the first refresh that is not one of the early ones
-            twin.step(x, y)
-    means: dict[str, list[float]] = {name: [] for name in twins}
-    longest: dict[str, list[float]] = {name: [] for name in twins}
-    for _ in range(rounds):
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in twins}
+    for number in range(rounds + 1):
         for name, twin in twins.items():
             torch.set_num_threads(KINDS[name][0])
-            seconds = [twin.step(x, y) for _ in range(EVERY)]
-            assert not twin.optimizer.estimator.background.layers
-            means[name].append(statistics.mean(seconds))
-            longest[name].append(max(seconds))
+            seconds = twin.steps(x, y)
+            if number:  # the first ten have the early refreshes
+                found[name].append(seconds)
     for twin in twins.values():
         twin.optimizer.close()
     return {
-        name: {"mean": spread(means[name]), "longest": spread(longest[name])}
-        for name in twins
+        name: {key: spread([r[key] for r in runs]) for key in runs[0]}
+        for name, runs in found.items()
     }
 
 
@@ -111,10 +120,10 @@ def main() -> None:
         result["cases"].append({"width": width, "approx": approx, **found})
         for name, numbers in found.items():
             texts = [
-                f"{1e3 * v['median']:7.1f} [{1e3 * v['min']:.1f}-{1e3 * v['max']:.1f}]"
-                for v in numbers.values()
+                f"{key} {1e3 * v['median']:.0f} [{1e3 * v['min']:.0f}-{1e3 * v['max']:.0f}]"
+                for key, v in numbers.items()
             ]
-            print(f"{width} {approx:5s} {name:11s} ms, mean and longest: ", *texts)
+            print(f"{width} {approx:5s} {name:11s} ms:", *texts, flush=True)
     if options.json:
         write_json(options.json, result)
 

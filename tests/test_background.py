@@ -111,7 +111,8 @@ def by_hand(optimizer, staleness):
         old = [t for f in factors for t in stored(f)]
         if len(factors) == 3:  # EKFAC's scales follow
             scales = factors[2]
-            scales.get_cov_var().copy_(scales._scales_in(*tensors[-2:]))
+            rotation = scales._rotation(*tensors[-2:])
+            scales.get_cov_var().copy_(scales._rotated(*rotation))
         for tensor, new in zip(old, tensors, strict=True):
             tensor.copy_(new)
 
@@ -183,6 +184,34 @@ def test_as_a_refresh_at_once_that_comes_in_later_by_hand(refresh, options):
         step(third, at_once, batch)
     assert not equal(model.parameters(), third.parameters())
     ours.close()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("corrected", [False, True])
+def test_scales_of_ekfac_that_were_none_when_it_began(corrected):
+    """They become eigenvalues; or, where they were corrected since, those are rotated."""
+    model, [(x, y), *_] = net(), batches(1)
+    optimizer = make(model, invert_every=100, approx="ekfac", lr=0.0)
+    step(model, optimizer, (x, y))
+    estimator = optimizer.estimator
+    A, G, scales = estimator.blocks["2"].factors
+    assert scales.num_corrections == 0
+    for factor in (A, G):
+        rows = torch.randn(20, factor.cov_dim)
+        factor.accumulate(rows.mT @ rows / 20, 0.5)
+    estimator.start_inverses(["2"], due=1)
+    S = torch.outer(*(torch.linalg.eigvalsh(factor.get_cov()) for factor in (A, G)))
+    if corrected:
+        scales.accumulate(torch.rand_like(scales.get_cov_var()), 0.0)
+        S = scales.get_cov_var().clone()
+    old_A, old_G = (Q.clone() for Q in scales.basis)
+    estimator.finish_inverses(1)
+    Q_A, Q_G = scales.basis
+    assert not torch.equal(Q_A, old_A)
+    if corrected:
+        S = (Q_A.mT @ old_A) ** 2 @ S @ ((Q_G.mT @ old_G) ** 2).mT
+    torch.testing.assert_close(scales.get_cov_var(), S)
+    optimizer.close()
 
 
 def slowed(monkeypatch):

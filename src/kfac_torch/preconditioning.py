@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
-from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_tolerance
+from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_bases
 
 _COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 _EARLY_REFRESHES = 3  # the first factors are of few batches: their inverses age fast
@@ -64,7 +64,7 @@ class Schedule:
         self._refresh = refresh = as_refresh(invert_every)
         every = refresh.every
         self.plan = RefreshPlan(estimator.blocks, refresh)
-        set_tolerance(estimator.blocks, refresh)
+        set_bases(estimator.blocks, refresh)
         self.options = {
             "cov_update_every": cov_update_every,
             "invert_every": every if refresh == Refresh(every=every) else refresh,

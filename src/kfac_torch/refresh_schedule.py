@@ -42,6 +42,8 @@ class Refresh:
             beside the diagonal, by norm, is no more than this (0.1, say); None decomposes
             at every refresh. One product of matrices says so, where a decomposition is the
             work of six or more.
+        warm_start: at a refresh turn a basis of EKFAC by one step of orthogonal iteration,
+            which follows the eigenbasis, in place of a decomposition.
         background: refresh in a thread beside training, and use what it finds exactly so
             many steps later, at most `every`; None refreshes at once. The thread needs a
             core that training leaves it, and the layers are to be on the CPU.
@@ -50,14 +52,15 @@ class Refresh:
         ValueError: a count below 1, a tolerance that is no positive number, or a
             `background` above `every`.
 
-    >>> Refresh(every=10, background=3)
-    Refresh(every=10, staggered=False, basis_every=1, basis_tolerance=None, background=3)
+    >>> Refresh(every=10, staggered=True, background=3)
+    Refresh(every=10, staggered=True, basis_every=1, ..., background=3)
     """
 
     every: int = 5
     staggered: bool = False
     basis_every: int = 1
     basis_tolerance: float | None = None
+    warm_start: bool = False
     background: int | None = None
 
     def __post_init__(self) -> None:
@@ -151,12 +154,13 @@ class RefreshPlan:
         return sum(self.costs[name] for name in self.due_at(step))
 
 
-def set_tolerance(blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
-    """Tell EKFAC's factors which bases to keep."""
+def set_bases(blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
+    """Tell EKFAC's factors which bases to keep, and how to come to others."""
     for block in blocks.values():
         for factor in block.factors:
             if isinstance(factor, EigenScaleFactor):
                 factor.tolerance = options.basis_tolerance
+                factor.warm_start = options.warm_start
 
 
 def _has_basis(block: FisherBlock) -> bool:
