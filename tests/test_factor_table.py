@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from kfac_torch import fisher_factors as ff
+from kfac_torch.damping import PackagedFunc
 from kfac_torch.fisher_factors import FactorOptions, refresh_inverses
+from kfac_torch.fisher_factors.background import PendingRefresh
 from kfac_torch.fisher_factors.low_rank import sketch_matrix
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -670,6 +673,40 @@ def test_state_round_trip(case, tmp_path):
         factor.accumulate(cov, 0.9)
     assert torch.equal(a.get_cov(), b.get_cov())
     assert a.num_updates == b.num_updates == 2
+
+
+def test_refreshed_in_a_thread_as_at_once(case, tmp_path):
+    """From the moment and the damping of when it began, from a file too."""
+    known = {"damping": 0.3}
+    damping = PackagedFunc(lambda: known["damping"], "of a block")
+    entries = case.draw(4), case.draw(4)
+    a, b, c = factors = [ready(case, [[entries[0]]]) for _ in range(3)]
+    for factor in factors:
+        factor.register_inverse(damping)
+        factor.instantiate_inv_variables()
+        for entry in entries:
+            factor.accumulate(factor.new_cov([[entry]]), 0.9)
+            refresh_inverses([factor])
+    first = a.get_inverse(damping).clone()
+    more = case.draw(4)
+    for factor in factors:
+        factor.accumulate(factor.new_cov([[more]]), 0.9)
+    refresh_inverses([a])
+    torch.save(PendingRefresh({"": [b]}, 7, 3).state_dict(), tmp_path / "pending.pt")
+    state = torch.load(tmp_path / "pending.pt", weights_only=True)
+    under_way = PendingRefresh({"": [b]}, 7, 3)
+    resumed = PendingRefresh({"": [c]}, state["due"], 3, state["layers"])
+    if isinstance(a, ff.InverseProvidingFactor):
+        known["damping"] = 5.0
+        for factor in (b, c):
+            factor.accumulate(factor.new_cov([[case.draw(4)]]), 0.5)
+    with ThreadPoolExecutor(1) as executor:
+        for pending, factor in ((under_way, b), (resumed, c)):
+            pending.start(executor)
+            assert pending.finish() == ([factor], {})
+    assert not torch.equal(first, a.get_inverse(damping))
+    assert torch.equal(b.get_inverse(damping), a.get_inverse(damping))
+    assert torch.equal(c.get_inverse(damping), a.get_inverse(damping))
 
 
 def test_to_moves_the_state(case):

@@ -24,7 +24,7 @@ since the last update are merged as if they had been one batch. Left out: when t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,11 @@ from .cost_model import StepCosts, forward_cost, step_costs
 from .damping import DampingFunc, check_damping
 from .empirical import empirical_moments
 from .fisher_blocks import FisherBlock, Moment
-from .fisher_factors import refresh_inverses
+from .fisher_factors.background import BackgroundRefreshes
 from .fisher_factors.base import check_choice
 from .forwards import Forward, Forwards, LossPart, without_nan
 from .health import SCALE, Health, HealthLedger
+from .inverse_updates import InverseUpdates
 from .layer_collection import LayerCollection
 from .loss_check import UserLoss
 from .loss_functions import LossFunction
@@ -56,7 +57,7 @@ from .sources import (
 from .update_thunks import UpdateThunks
 
 
-class FisherEstimator(BlockProducts, UpdateThunks):
+class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
     """Keep the factors of a model's blocks up to date; multiply by them.
 
     Forwards of the collection's model in training mode are watched from construction on.
@@ -80,6 +81,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
 
     Attributes:
         max_kept_inverses: for how many refreshes a factor that fails keeps its last one.
+        background: the refreshes that are under way in a thread.
 
     Raises:
         ValueError: an unknown mode, `cov_ema_decay` outside [0, 1], a negative `damping`,
@@ -138,6 +140,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         self.loss_checked = False
         self.ledger = HealthLedger()
         self.max_kept_inverses = 3
+        self.background = BackgroundRefreshes()
         self._mode = estimation_mode.mode
         self.seed = seed
         self._generator: torch.Generator | None = None
@@ -167,12 +170,14 @@ class FisherEstimator(BlockProducts, UpdateThunks):
         )
 
     def close(self) -> None:
-        """Remove every hook from the model."""
+        """Remove every hook from the model, and end a thread that refreshes inverses."""
         self._capture.close()
+        self.background.close()
 
     def release(self) -> None:
         """Remove every hook, and leave the collection to another estimator."""
         self.close()
+        self.background.drop(list(self.blocks))
         for block in self.blocks.values():
             block.release_factors()
 
@@ -466,38 +471,6 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             self._add_moments(moments)
         self._capture.param_grads.clear()
 
-    def has_new_layers(self) -> bool:
-        """Whether a layer has statistics but no inverse yet: it was called late."""
-        return any(
-            block.has_statistics and not factor.is_refreshed
-            for block in self.blocks.values()
-            for factor in block.factors
-        )
-
-    def update_inverses(self, layers: Collection[str] | None = None) -> None:
-        """Refresh every stored inverse, or those of some layers, from the current factors.
-
-        Raises:
-            ValueError: a layer that there is not.
-            torch.linalg.LinAlgError: a damped factor is singular on every rung of the
-                ladder, and has no inverse to keep (any more); nothing is changed.
-        """
-        unknown = set(layers or ()) - set(self.blocks)
-        if unknown:
-            raise ValueError(
-                f"update_inverses: expected layers of {', '.join(self.blocks)}; got "
-                f"{', '.join(sorted(unknown))}"
-            )
-        named = self.blocks.items()
-        self._refresh(b for name, b in named if layers is None or name in layers)
-
-    def _refresh(self, blocks: Iterable[FisherBlock], index: int | None = None) -> None:
-        ready = [block for block in blocks if block.has_statistics]
-        which = slice(None) if index is None else slice(index, index + 1)
-        factors = [factor for block in ready for factor in block.factors[which]]
-        kept = refresh_inverses(factors, self.max_kept_inverses)
-        self.ledger.refreshed(factors, kept)
-
     @property
     def health(self) -> Health:
         """What went wrong so far and was mended, in numbers."""
@@ -539,6 +512,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             "loss_checked": self.loss_checked,
             "user_loss": vars(self._user_loss).copy(),
             "health": self.ledger.state_dict(),
+            "background": self.background.state_dict(),
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -592,4 +566,7 @@ class FisherEstimator(BlockProducts, UpdateThunks):
             )
         else:
             self._generator_on(device).set_state(state["generator"].cpu())
+        layers = {name: block.factors for name, block in self.blocks.items()}
+        pending = state.get("background", ())  # older states have none
+        self.background.load_state_dict(pending, layers, self.max_kept_inverses)
         self.reset()

@@ -55,7 +55,7 @@ from .options import (
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .recording import Recorder, watch_scale
-from .refresh_schedule import Refresh, as_refresh
+from .refresh_schedule import Refresh, check_device
 from .rejection import Before
 from .steps import StepRecord
 from .trials import Trial
@@ -155,7 +155,8 @@ class KFAC(NamedState):
             any supported layer. In a forward: a network output that does not fit the
             loss. In the first `step`: no forward in training mode before it.
         NotImplementedError: λ adapts, but an approximation has no product with `F` to
-            predict by (a chain over time); the quadratic model needs none.
+            predict by (a chain over time); the quadratic model needs none. Refreshes in
+            the background of a model that is not on the CPU.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> optimizer = KFAC(model, loss="categorical")
@@ -204,13 +205,13 @@ class KFAC(NamedState):
             invert_every,
         )
         check_count("num_burnin_steps", num_burnin_steps, 0)
+        check_device(pace.invert_every, model)
         layers = complete(layer_collection, model, loss, output, approx)
         module = uncompiled(model)
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(param_groups(names, layers, lr, momentum), chosen.defaults)
         self.last_step: StepRecord | None = None
-        self._model = model
-        self._names = names
+        self._model, self._names = model, names
         self._given_damping = self._damping = chosen.damping
         self._statistics = pace.statistics
         self._momentum_type = chosen.kind
@@ -221,7 +222,7 @@ class KFAC(NamedState):
         self._schedule = Schedule(
             self.estimator,
             cov_update_every=pace.cov_update_every,
-            invert_every=as_refresh(pace.invert_every),
+            invert_every=pace.invert_every,
             num_burnin_steps=num_burnin_steps,
             early_updates=pace.early_updates,
             free=pace.free,
@@ -272,7 +273,7 @@ class KFAC(NamedState):
         self._recorder.attach(writer, every)
 
     def close(self) -> None:
-        """Remove every hook from the model."""
+        """Remove every hook from the model; end the thread of background refreshes."""
         self.estimator.close()
 
     def report(self) -> CoverageReport:
@@ -456,8 +457,9 @@ class KFAC(NamedState):
                 self._damping = self._schedule.paced(self._damping)
             self._updates.rule = self._updates.rule and self._damping
 
-    def _update_inverses(self) -> None:
+    def _update_inverses(self, at_once: bool = False) -> None:
         """Refresh the inverses where due; a λ that adapts is raised until it can be."""
+        self._schedule.at_once = at_once
         due = self._schedule.refresh_due
         given = self.param_groups[0]["damping"]
         for attempt in range(_MAX_ADAPTATIONS):
@@ -533,7 +535,7 @@ class KFAC(NamedState):
         before = [p.clone() for p in params]
         group, last = self.param_groups[0], 0.0
         for _ in range(_MAX_ADAPTATIONS):
-            self._update_inverses()
+            self._update_inverses(at_once=True)
             step = self._updates.propose(params, grads, True, trial)
             if not step.finite:
                 return

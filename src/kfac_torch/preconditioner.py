@@ -40,7 +40,7 @@ from .preconditioning import (
     ready_blocks,
 )
 from .recording import watch_scale
-from .refresh_schedule import Refresh, as_refresh
+from .refresh_schedule import Refresh, as_refresh, check_device
 
 _STATE_VERSION = 2
 _INVERT_EVERY = 5
@@ -91,6 +91,7 @@ class KFACPreconditioner:
         ValueError: a value out of range, a loss that is not known, or a model without
             any supported layer.
         TypeError: a damping that adapts.
+        NotImplementedError: refreshes in the background of a model not on the CPU.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -134,6 +135,7 @@ class KFACPreconditioner:
         check_count("cov_update_every", cov_update_every, 1)
         free = ("inverses",) if invert_every is None else ()
         invert_every = as_refresh(_INVERT_EVERY if invert_every is None else invert_every)
+        check_device(invert_every, model)
         self.damping = damping_at(given, 0)
         self.damping_unit: float | None = None
         self.norm_constraint = norm_constraint
@@ -165,7 +167,7 @@ class KFACPreconditioner:
         return self.damping
 
     def close(self) -> None:
-        """Remove every hook from the model."""
+        """Remove every hook from the model; end the thread of background refreshes."""
         self.estimator.close()
 
     @property

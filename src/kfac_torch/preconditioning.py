@@ -26,7 +26,7 @@ from .damping import LevenbergMarquardt
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
 from .options import QModel
-from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_tolerance
+from .refresh_schedule import Refresh, RefreshPlan, as_refresh, set_bases
 
 _COUNTS = ("num_steps", "num_burnt", "inverses_due", "last_update", "last_refresh")
 # The first factors are of few batches: their inverses age fast.
@@ -57,7 +57,9 @@ class Schedule:
             layers with a basis of EKFAC, in their turn.
         layers_due: whose turn has come.
         last_update: the step at which statistics last entered the factors, if known.
-        last_refresh: the last step at which inverses were refreshed, if known.
+        last_refresh: the step of the factors that the last inverses to come are of, if
+            known.
+        at_once: whether no refresh is left to a thread for now.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Schedule:
         self._refresh = refresh = as_refresh(invert_every)
         every = refresh.every
         self.plan = RefreshPlan(estimator.blocks, refresh)
-        set_tolerance(estimator.blocks, refresh)
+        set_bases(estimator.blocks, refresh)
         self.options = {
             "cov_update_every": cov_update_every,
             "invert_every": every if refresh == Refresh(every=every) else refresh,
@@ -85,6 +87,7 @@ class Schedule:
         self._least = Intervals(statistics=cov_update_every, inverses=every)
         self.intervals, self._free = self._least, frozenset(free)
         self._settled, self._model = not self._free, model
+        self.at_once = False
         self._collected = False
         self.num_steps = 0
         self.num_burnt = 0
@@ -100,8 +103,15 @@ class Schedule:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether inverses are due: by their age, or as some of the first ones."""
-        return bool(self._due())
+        """Whether inverses are due, by their age or as some of the first ones, and are not
+        under way; or those that were are to come in.
+        """
+        background = self._estimator.background
+        return background.is_due(self.num_steps) or bool(set(self._due()) - self._held())
+
+    def _held(self) -> set[str]:
+        """The layers whose inverses are under way; if due again, once these have come."""
+        return set() if self.at_once else self._estimator.background.layers
 
     @property
     def _early_refreshes(self) -> int:
@@ -180,15 +190,32 @@ class Schedule:
         return rule.every(every) if every > self._least.inverses else rule
 
     def refresh(self) -> None:
-        """Refresh the inverses that are due.
+        """Refresh the inverses that are due, or begin to, and let those come in that were
+        begun so many steps ago.
 
         Raises:
-            torch.linalg.LinAlgError: a damped factor is singular; nothing is changed.
+            torch.linalg.LinAlgError: a damped factor is singular; nothing that is due is
+                changed.
+            NotImplementedError: a thread, and a layer on an accelerator.
         """
-        with self._estimator.capture.clock.phase("inverses"):
-            self._estimator.update_inverses(self._due())
-        self.layers_due = []
-        self.inverses_due, self.last_refresh = False, self.num_steps
+        estimator, staleness = self._estimator, self._refresh.background
+        with estimator.capture.clock.phase("inverses"):
+            for due in estimator.finish_inverses(self.num_steps):
+                self.last_refresh = due - (staleness or 0)
+            all_due, held = self._due(), self._held()
+            now = [name for name in all_due if name not in held]
+            later = []
+            if staleness and not self.at_once and self.num_steps >= self._early_refreshes:
+                later = [name for name in now if estimator.may_wait(name)]
+                now = [name for name in now if name not in later]
+            if now:
+                estimator.update_inverses(now)
+            if any(estimator.blocks[name].has_statistics for name in now):
+                self.last_refresh = self.num_steps
+            if later and staleness:
+                estimator.start_inverses(later, self.num_steps + staleness)
+        self.layers_due = [name for name in all_due if name in held]
+        self.inverses_due = False
 
     def check_statistics(self, caller: str) -> None:
         """Raise RuntimeError where there are none; see that they are where the model is."""

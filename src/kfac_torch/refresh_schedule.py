@@ -6,8 +6,8 @@ period. The phase `φ` is 0, or, staggered, such that no step has much more work
 another: layers in order of cost, the dearest first, each at the phase at which the fullest
 of its steps is the least full (Graham 1969, "Bounds on multiprocessing timing anomalies",
 the rule of longest processing time first). The layer is the unit, for its sides share a
-split of λ. Left out: refreshes beside training, in another thread or process; what a
-refresh is (`fisher_factors/refreshing.py`).
+split of λ. Left out: what a refresh is (`fisher_factors/refreshing.py`), and how a thread
+makes it (`fisher_factors/background.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from .fisher_blocks import FisherBlock
+from .fisher_factors.background import check_in_background
 from .fisher_factors.eigen_scales import EigenScaleFactor
 from .options import check_count
 
@@ -39,21 +42,29 @@ class Refresh:
             beside the diagonal, by norm, is no more than this (0.1, say); None decomposes
             at every refresh. One product of matrices says so, where a decomposition is the
             work of six or more.
+        warm_start: at a refresh turn a basis of EKFAC by one step of orthogonal iteration,
+            which follows the eigenbasis, in place of a decomposition.
+        background: refresh in a thread beside training, and use what it finds exactly so
+            many steps later, at most `every`; None refreshes at once. The thread needs a
+            core that training leaves it, and the layers are to be on the CPU.
         early: how many the first steps are; None for as many as take statistics whatever
             their interval, ten where that is not given, and for three at least; for three
             where refreshes are so dear that their interval was lengthened.
 
     Raises:
-        ValueError: a count below 1, or a tolerance that is no positive number.
+        ValueError: a count below 1, a tolerance that is no positive number, or a
+            `background` above `every`.
 
-    >>> Refresh(every=10, staggered=True)
-    Refresh(every=10, staggered=True, basis_every=1, basis_tolerance=None, early=None)
+    >>> Refresh(every=10, staggered=True, background=3)
+    Refresh(every=10, staggered=True, basis_every=1, ..., background=3, ...)
     """
 
     every: int = 5
     staggered: bool = False
     basis_every: int = 1
     basis_tolerance: float | None = None
+    warm_start: bool = False
+    background: int | None = None
     early: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +77,13 @@ class Refresh:
                 "Refresh: basis_tolerance: expected a positive number or None, got "
                 f"{tolerance!r}"
             )
+        if self.background is not None:
+            check_count("Refresh: background", self.background, 1)
+            if self.background > self.every:
+                raise ValueError(
+                    "Refresh: background: expected at most the steps between two "
+                    f"refreshes, every={self.every}, got {self.background}"
+                )
 
 
 def as_refresh(invert_every: int | Refresh) -> Refresh:
@@ -82,6 +100,12 @@ def as_refresh(invert_every: int | Refresh) -> Refresh:
         return invert_every
     check_count("invert_every", invert_every, 1)
     return Refresh(every=invert_every)
+
+
+def check_device(invert_every: int | Refresh, model: nn.Module) -> None:
+    """Raise NotImplementedError for a thread, and a model that is not on the CPU."""
+    if as_refresh(invert_every).background is not None:
+        check_in_background({p.device for p in model.parameters()})
 
 
 class RefreshPlan:
@@ -135,12 +159,13 @@ class RefreshPlan:
         return sum(self.costs[name] for name in self.due_at(step))
 
 
-def set_tolerance(blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
-    """Tell EKFAC's factors which bases to keep."""
+def set_bases(blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
+    """Tell EKFAC's factors which bases to keep, and how to come to others."""
     for block in blocks.values():
         for factor in block.factors:
             if isinstance(factor, EigenScaleFactor):
                 factor.tolerance = options.basis_tolerance
+                factor.warm_start = options.warm_start
 
 
 def _has_basis(block: FisherBlock) -> bool:

@@ -17,10 +17,11 @@ Inf never enters it. Left out: how powers of the moment are made (`inverse_provi
 from __future__ import annotations
 
 import abc
+import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -525,6 +526,29 @@ class FisherFactor(abc.ABC):
         self, x: Tensor, damping_func: DampingFunc, transpose: bool = False
     ) -> Tensor:
         """Return `x L⁻¹`, or `x L⁻ᵀ`."""
+
+    # Refreshed in a thread.
+
+    def snapshot(
+        self, twins: Mapping[FisherFactor, FisherFactor], state: Any = None
+    ) -> Self:
+        """Return a copy to be refreshed in a thread, while this factor goes on.
+
+        Args:
+            twins: the copies of factors that this one is made of.
+            state: of an earlier copy, `snapshot_state`, in place of what is current.
+        """
+        twin = copy.copy(self)
+        twin._health = replace(self._health)
+        return twin
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """Return what makes the same copy again, of a factor whose state is loaded."""
+        return {}
+
+    def adopt(self, twin: Self) -> None:
+        """Take what a copy of this factor was refreshed to, and count the refresh."""
+        self._health.refreshed(twin._health.last_rescues)
 
     # State.
 

@@ -22,21 +22,26 @@ learned beside K-FAC is kept, which `s_A s_Gᵀ` anew would forget. The squares 
 are doubly stochastic: between two updates a basis that wanders evens the scales out.
 
 A basis in which its factor is still near enough to diagonal may be kept (`tolerance`): one
-product says how near it is, where a decomposition is the work of six or more.
+product says how near it is, where a decomposition is the work of six or more. One that is
+not may be turned in place of a new one (`warm_start`), by a step of orthogonal iteration
+(Vyas et al. 2024, arXiv 2409.11321, algorithm 4): it nears the eigenbasis from refresh to
+refresh, and in whatever basis the scales are the exact diagonal.
 
 Left out: sides that are not whole matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ..linalg import off_diagonal_share, psd_eigh
-from .base import FactorOptions
+from ..linalg import off_diagonal_share, orthogonal_iteration, psd_eigh
+from .base import FactorOptions, FisherFactor
+from .cholesky_batch import store
 from .data import append_homog
 from .diagonal import GRADIENT_BYTES, DiagonalFactor
 from .inverse_providing import Computed, InverseProvidingFactor, Stored
@@ -56,7 +61,9 @@ class EigenScaleFactor(DiagonalFactor):
 
     Attributes:
         tolerance: the share of a factor beside its diagonal, by norm, up to which a refresh
-            keeps its basis; None decomposes at every refresh.
+            keeps its basis; None keeps none.
+        warm_start: turn the old basis by one step of orthogonal iteration in place of a
+            decomposition, once there is one that scales have entered.
 
     >>> from kfac_torch.fisher_factors import FullyConnectedKroneckerFactor
     >>> A, G = (FullyConnectedKroneckerFactor([[torch.eye(2)]]) for _ in range(2))
@@ -75,6 +82,9 @@ class EigenScaleFactor(DiagonalFactor):
         self._basis = Stored("eigenbasis", 0.0, 0.0)
         self._num_corrections = 0
         self.tolerance: float | None = None
+        self.warm_start = False
+        # Of a copy that a thread refreshes: from the old basis to the one it has found.
+        self._rotations: list[tuple[Tensor, Tensor]] | None = None
         super().__init__([[_no_data]], name, options, A._dtype, A._device)
 
     @property
@@ -155,34 +165,52 @@ class EigenScaleFactor(DiagonalFactor):
         self._num_updates += 1
 
     def compute_stored(self) -> list[Computed]:
-        """Return the basis of the current `A` and `G`, and the scales in it."""
+        """Return the next basis for the current `A` and `G`, and the scales in it."""
+        if not self._num_corrections:
+            (s_A, Q_A), (s_G, Q_G) = map(self._decomposed, self._sides)
+            return self._moved(Q_A, Q_G, s_A.unsqueeze(-1) * s_G.unsqueeze(-2))
         kept = self._kept()
-        if all(Q is not None for Q in kept):
+        if all(kept):
             return []
-        floor = self._options.eigenvalue_clipping_threshold
-        (s_A, Q_A), (s_G, Q_G) = (
-            psd_eigh(side.get_cov(), floor, side.name) if Q is None else (Q[..., 0], Q)
-            for side, Q in zip(self._sides, kept, strict=True)
+        Q_A, Q_G = (
+            Q if good else self._next_basis(side, Q)
+            for side, Q, good in zip(self._sides, self.basis, kept, strict=True)
         )
-        if self._num_corrections:
-            old_A, old_G = self.basis
-            left, right = (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
-            scales = left @ self._stored_cov() @ right.mT
-        else:
-            scales = s_A.unsqueeze(-1) * s_G.unsqueeze(-2)
+        rotation = self._rotation(Q_A, Q_G)
+        if self._rotations is not None:
+            self._rotations.append(rotation)
+        return self._moved(Q_A, Q_G, self._rotated(*rotation))
+
+    def _decomposed(self, side: InverseProvidingFactor) -> tuple[Tensor, Tensor]:
+        floor = self._options.eigenvalue_clipping_threshold
+        return psd_eigh(side.get_cov(), floor, side.name)
+
+    def _next_basis(self, side: InverseProvidingFactor, Q: Tensor) -> Tensor:
+        if self.warm_start:
+            return orthogonal_iteration(side.get_cov(), Q)
+        return self._decomposed(side)[1]
+
+    def _rotation(self, Q_A: Tensor, Q_G: Tensor) -> tuple[Tensor, Tensor]:
+        """`(Q_A'ᵀ Q_A)²` and `(Q_G'ᵀ Q_G)²`, from the current basis to another."""
+        old_A, old_G = self.basis
+        return (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
+
+    def _rotated(self, left: Tensor, right: Tensor) -> Tensor:
+        """`S'`, the scales in another basis."""
+        return left @ self._stored_cov() @ right.mT
+
+    def _moved(self, Q_A: Tensor, Q_G: Tensor, scales: Tensor) -> list[Computed]:
         moved = Stored("scales", 0.0, 0.0, (self._stored_cov(),))
         return [(self._basis, (Q_A, Q_G)), (moved, (scales,))]
 
-    def _kept(self) -> list[Tensor | None]:
-        """The basis of each side that is good enough; reads the host."""
-        # Without corrections the scales are new eigenvalues, which a decomposition gives.
-        if self.tolerance is None or not self._num_corrections:
-            return [None, None]
-        pairs = list(zip(self._sides, self.basis, strict=True))
+    def _kept(self) -> list[bool]:
+        """Whether the basis of each side is good enough; reads the host."""
+        if self.tolerance is None:
+            return [False, False]
+        pairs = zip(self._sides, self.basis, strict=True)
         shares = torch.stack([off_diagonal_share(s.get_cov(), Q) for s, Q in pairs])
         # A NaN is above any tolerance.
-        near = (shares <= self.tolerance).tolist()
-        return [Q if good else None for (_, Q), good in zip(pairs, near, strict=True)]
+        return (shares <= self.tolerance).tolist()
 
     def make_inverse_update_ops(self) -> list[Callable[[], None]]:
         """Return a callable that brings the scales to the basis of the current factors."""
@@ -191,6 +219,40 @@ class EigenScaleFactor(DiagonalFactor):
             refresh_inverses([self])
 
         return [op]
+
+    # Refreshed in a thread.
+
+    def snapshot(
+        self, twins: Mapping[FisherFactor, FisherFactor], state: Any = None
+    ) -> Self:
+        """Return a copy to be refreshed in a thread, of the copies of `A` and `G`."""
+        twin = super().snapshot(twins, state)
+        A, G = (twins[side] for side in self._sides)
+        assert isinstance(A, InverseProvidingFactor)
+        assert isinstance(G, InverseProvidingFactor)
+        twin._sides = A, G
+        twin._cov = self._stored_cov().clone()
+        tensors = tuple(q.clone() for q in self._basis.tensors)
+        twin._basis, twin._rotations = replace(self._basis, tensors=tensors), []
+        if state is not None:
+            twin._num_corrections = state["num_corrections"]
+        return twin
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """Return what makes the same copy again: the basis has not moved since."""
+        return {"num_corrections": self._num_corrections}
+
+    def adopt(self, twin: Self) -> None:
+        """Take the basis of a copy, and bring to it what the scales are by now."""
+        super().adopt(twin)
+        if all(map(torch.equal, twin.basis, self.basis)):
+            return  # it was good enough
+        Q_A, Q_G = twin.basis
+        scales = twin._stored_cov()  # without corrections they are `s_A s_Gᵀ`
+        if self._num_corrections:
+            found = twin._rotations or [self._rotation(Q_A, Q_G)]
+            scales = self._rotated(*found[0])
+        store(self._moved(Q_A, Q_G, scales))
 
     # Costs.
 

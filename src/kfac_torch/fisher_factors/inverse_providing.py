@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -431,6 +432,48 @@ class InverseProvidingFactor(FisherFactor):
                 f"{self.name}: {method}: expected x of shape {expected}, got "
                 f"{tuple(x.shape)}"
             )
+
+    # Refreshed in a thread.
+
+    def snapshot(
+        self, twins: Mapping[FisherFactor, FisherFactor], state: Any = None
+    ) -> Self:
+        """Return a copy to be refreshed in a thread, by the dampings that there are now."""
+        twin, cov = super().snapshot(twins, state), self._stored_cov()
+        if state is None:
+            state = {"cov": cov, "dampings": self._dampings()}
+        twin._cov = state["cov"].to(cov, copy=True)
+        twin._powers = {
+            key: replace(
+                stored,
+                damping_func=lambda damping=damping: damping,
+                tensors=tuple(map(torch.empty_like, stored.tensors)),
+            )
+            for (key, stored), damping in zip(
+                self._powers.items(), state["dampings"], strict=True
+            )
+        }
+        twin._eigendecomp, twin._rescues = None, []
+        return twin
+
+    def _dampings(self) -> list[Tensor | float]:
+        """The damping of all that is registered; each function is called once."""
+        known = dict[Hashable, Tensor | float]()
+        for stored in self._powers.values():
+            if stored.damping_id not in known:
+                damping = evaluate_damping(stored.damping_func, self.name)
+                known[stored.damping_id] = damping
+        return [known[stored.damping_id] for stored in self._powers.values()]
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """Return what makes the same copy again: the moment and the dampings."""
+        return {"cov": self._stored_cov().clone(), "dampings": self._dampings()}
+
+    def adopt(self, twin: Self) -> None:
+        """Store the matrices that a copy was refreshed to, and count the refresh."""
+        super().adopt(twin)
+        new = twin._powers.items()
+        store((self._powers[key], stored.tensors) for key, stored in new if stored.tensors)
 
     # State.
 

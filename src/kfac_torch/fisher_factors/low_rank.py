@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..damping import DampingFunc
 from ..linalg import Rescue, symmetrize
-from .base import FactorOptions
+from .base import FactorOptions, FisherFactor
 from .conv import ConvInputKroneckerFactor, ConvOutputKroneckerFactor
 from .data import TensorLike
 from .inverse_providing import (
@@ -301,6 +301,16 @@ class LowRankFactor(InverseProvidingFactor, abc.ABC):
             damping = dampings[power.damping_id]
             computed.append((power, self._power(power.function, damping)))
         return computed
+
+    # Refreshed in a thread.
+
+    def snapshot(
+        self, twins: Mapping[FisherFactor, FisherFactor], state: Any = None
+    ) -> Self:
+        """Return a copy to be refreshed in a thread, with a sketch of its own."""
+        twin = super().snapshot(twins, state)
+        twin._eigen = None  # by the version of another tensor
+        return twin
 
     # State.
 
