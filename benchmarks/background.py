@@ -18,7 +18,7 @@ the same on a busy machine. On an idle one of two cores the clock of a step is t
 thread's time, as long as the others have less. float32.
 
 ``--digits`` instead: what the staleness costs in progress. A 64-128-64-32-10 net on
-scikit-learn's digits, 80 steps of 256, eight seeds; training loss of the whole set at the
+scikit-learn's digits, 80 steps of 256, three seeds; training loss of the whole set at the
 end, relative to that of refreshes at once: median [min-max].
 """
 
@@ -143,7 +143,7 @@ def digits() -> None:
         n = every - 1 if staleness is None else staleness
         ratios = [
             digits_loss(n, seed, every, options) / digits_loss(None, seed, every, options)
-            for seed in range(8)
+            for seed in range(3)
         ]
         found = spread(ratios)
         text = f"{found['median']:.2f} [{found['min']:.2f}-{found['max']:.2f}]"
