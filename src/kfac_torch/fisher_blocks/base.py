@@ -308,11 +308,9 @@ class FisherBlock(abc.ABC):
         """Return `F_λ^exp` times tensors like `params`, in their shapes and dtype."""
         vector = self.params_to_vector(tensors).to(self.dtype)
         parts = self.vector_to_params(self.multiply_matpower(vector, exp))
+        parts = [part.to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
         # Each is read several times: a copy in order is cheaper than a strided view.
-        return [
-            part.to(like.dtype).contiguous()
-            for part, like in zip(parts, tensors, strict=True)
-        ]
+        return [p.contiguous() if p.layout == torch.strided else p for p in parts]
 
     # State.
 
