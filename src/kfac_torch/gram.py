@@ -67,10 +67,13 @@ def add_gram(moment: Tensor, columns: Tensor) -> None:
 
 
 def mirror(moment: Tensor) -> None:
-    """Copy what is right of the bands of `add_gram` to the left, and symmetrise them."""
-    for band in bands(moment.shape[-1], moment.device):
-        moment[:, band.stop :, band] = moment[:, band, band.stop :].mT
-        add_transpose(moment[:, band, band].div_(2))
+    """Copy what is right of the diagonal to the left of it."""
+    size = moment.shape[-1]
+    band = max(1, _CACHE_BYTES // (size * moment.element_size()))
+    for i in range(0, size, band):
+        moment[:, i + band :, i : i + band] = moment[:, i : i + band, i + band :].mT
+        square = moment[:, i : i + band, i : i + band]
+        square.copy_(square.triu() + square.triu(1).mT)
 
 
 def add_transpose(moment: Tensor) -> None:

@@ -135,6 +135,7 @@ def add_lags(
         block = signs[u : u + step].flatten(0, 1) @ terms
         block = block.view(-1, size, conv.groups, channels, channels)
         blocks[:, :, u : u + step] = block.permute(2, 3, 0, 4, 1)
+        del block  # before the next is made
     add_transpose(moment)
 
 
