@@ -208,7 +208,7 @@ def _costs(conv: Conv) -> dict[str, float]:
     wide = how.conv.columns**2 * conv.groups if how.spread > 1 else 0
     # Neither pays, nor is its memory in proportion, where few patches have many columns.
     if 8 * wide < conv.rows * conv.columns * conv.groups:
-        costs["lags"] = _lags_cost(how) + 1.7e4 * wide
+        costs["lags"] = _lags_cost(how) + 1.3e4 * wide
         costs["slices"] = _slices_cost(conv, how) + 38 * wide
     return costs
 
@@ -255,13 +255,13 @@ def _lags_cost(how: Arranged) -> float:
     conv = how.conv
     along, each = axes(conv), conv.channels // conv.groups
     terms = math.prod(axis.signs.shape[-1] for axis in along)
-    cost = 8e7 + 1.5 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    cost = 8e7 + 1.6 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
         spectra = math.prod(axis.points.shape[1] for axis, at in pairs if at)
         spectra *= math.prod(axis.length for axis in full) * conv.channels
         lags = math.prod(len(axis.lags) for axis in full)
-        each_example = (386 if conv.groups == 1 else 500) + 4.2 * each
-        cost += spectra * (conv.batch * each_example + 7.6 * lags * each)
+        each_example = 276 + 500 / each + 3.2 * each
+        cost += spectra * (conv.batch * each_example + 8.2 * lags * each)
     return cost
