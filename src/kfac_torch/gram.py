@@ -17,6 +17,7 @@ from torch import Tensor
 _BANDS = 4
 _NARROWEST = 96  # columns of a band: below, a product is not worth splitting
 _CACHE_BYTES = 2**18
+_MIRRORED = 64  # columns that are mirrored at once
 
 
 def bands(columns: int, device: torch.device, narrowest: int = _NARROWEST) -> list[slice]:
@@ -68,11 +69,10 @@ def add_gram(moment: Tensor, columns: Tensor) -> None:
 
 def mirror(moment: Tensor) -> None:
     """Copy what is right of the diagonal to the left of it."""
-    size = moment.shape[-1]
-    band = max(1, _CACHE_BYTES // (size * moment.element_size()))
-    for i in range(0, size, band):
-        moment[:, i + band :, i : i + band] = moment[:, i : i + band, i + band :].mT
-        square = moment[:, i : i + band, i : i + band]
+    for i in range(0, moment.shape[-1], _MIRRORED):
+        band, rest = slice(i, i + _MIRRORED), slice(i + _MIRRORED, None)
+        moment[:, rest, band] = moment[:, band, rest].mT
+        square = moment[:, band, band]
         square.copy_(square.triu() + square.triu(1).mT)
 
 

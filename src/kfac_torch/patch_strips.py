@@ -187,7 +187,8 @@ def piece_sizes(conv: Conv, how: Cut, itemsize: int) -> list[int]:
         min(n, max(1, held // math.prod(extents[i + 1 :]))) for i, n in enumerate(extents)
     ]
     sizes[1] = max(1, sizes[1] - how.more)
-    return sizes
+    extents = (conv.batch, *conv.out)  # pieces of like size
+    return [-(-n // -(-n // size)) for n, size in zip(extents, sizes, strict=True)]
 
 
 def _source(moment: Tensor, conv: Conv, batch: int, rows: int) -> Tensor | None:
