@@ -44,7 +44,7 @@ from kfac_torch import patch_moments
 from kfac_torch.patch_geometry import describe
 from kfac_torch.patch_moments import patch_second_moment, patch_view
 
-METHODS = ("chunks", "lags", "slices")
+METHODS = ("chunks", "strips", "lags", "slices")
 CHUNKS = (1, 4, 16, 64)
 PEERS = ("lineage", "kfac_jax", "curvlinops")
 

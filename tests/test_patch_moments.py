@@ -11,10 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kfac_torch import gram, patch_lags, patch_moments
+from kfac_torch import gram, patch_lags, patch_moments, patch_strips
 from kfac_torch.patch_moments import patch_second_moment, resolve_padding
 
-METHODS = ["auto", "chunks", "lags", "slices"]
+METHODS = ["auto", "chunks", "strips", "lags", "slices"]
 
 
 def formed(
@@ -147,6 +147,13 @@ def test_chunks_match_formed_patches(case: dict[str, Any]) -> None:
     assert_agree(patch_second_moment(**case, method="chunks"), expected_of(case))
 
 
+@settings(deadline=None, max_examples=200)
+@given(convolutions())
+def test_strips_match_formed_patches(case: dict[str, Any]) -> None:
+    ours = patch_second_moment(**case, method="strips")
+    assert_agree(ours, expected_of(case), floor=energy(case))
+
+
 @settings(deadline=None, max_examples=100)
 @given(convolutions())
 def test_auto_matches_formed_patches(case: dict[str, Any]) -> None:
@@ -232,7 +239,7 @@ def test_chunk_boundaries_down_to_one_row(
     inputs = torch.randn(5, 4, 9, 8, dtype=torch.float64)
     kernel, stride, pairs, dilation = (3, 2), (2, 1), ((1, 0), (2, 1)), (1, 2)
     columns = 4 * 3 * 2
-    monkeypatch.setattr(patch_moments, "_PATCH_BYTES", held * columns * 8)
+    monkeypatch.setattr(patch_strips, "_HELD_BYTES", held * columns * 8)
     buffers = []
     new_empty = Tensor.new_empty
 
@@ -249,6 +256,49 @@ def test_chunk_boundaries_down_to_one_row(
     assert_agree(moment, expected)
 
 
+@pytest.mark.parametrize("held", [1, 40, 200, 2000])
+@pytest.mark.parametrize(
+    ("stride", "dilation"), [((1, 1), (1, 2)), ((2, 1), (1, 1)), ((3, 2), (2, 1))]
+)
+@pytest.mark.parametrize(("groups", "mode"), [(1, "zeros"), (2, "zeros"), (4, "reflect")])
+def test_strips_of_pieces_down_to_one_location(
+    monkeypatch: pytest.MonkeyPatch,
+    held: int,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    mode: str,
+) -> None:
+    """Each piece of an image has borders of its own."""
+    inputs = torch.randn(5, 4, 14, 8, dtype=torch.float64)
+    kernel, pairs = (5, 2), ((3, 1), (2, 1))
+    monkeypatch.setattr(patch_strips, "_HELD_BYTES", held * 5 * 4 * 2 * 8)
+    case = (kernel, stride, pairs, dilation)
+    moment = patch_second_moment(
+        inputs, *case, groups=groups, padding_mode=mode, method="strips"
+    )
+    assert_agree(moment, formed(inputs, *case, groups, padding_mode=mode))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 2), (2, 1)])
+def test_strips_wide_enough_for_bands(kernel: int, stride: int) -> None:
+    inputs = torch.randn(2, 420 // (kernel * stride), 7, 6, dtype=torch.float64)
+    case = {"stride": stride, "padding": kernel // 2}
+    moment = patch_second_moment(inputs, kernel, method="strips", **case)
+    assert torch.equal(moment, moment.mT)
+    assert_agree(moment, patch_second_moment(inputs, kernel, method="chunks", **case))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [5, 400])
+def test_inputs_that_are_patches(layout: torch.memory_format, channels: int) -> None:
+    inputs = torch.randn(3, channels, 7, 6, dtype=torch.float64)
+    rows = inputs.movedim(1, -1).flatten(0, 2)
+    moment = patch_second_moment(inputs.to(memory_format=layout), 1, method="chunks")
+    assert torch.equal(moment, moment.mT)
+    assert_agree(moment, rows.T @ rows / len(rows))
+
+
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("size", [1, 500, 4000])
 def test_small_pieces_of_work(
@@ -256,7 +306,7 @@ def test_small_pieces_of_work(
 ) -> None:
     inputs = torch.randn(7, 6, 9, 8, dtype=torch.float64)
     whole = patch_second_moment(inputs, 3, padding=1, groups=2, method=method)
-    monkeypatch.setattr(patch_moments, "_PATCH_BYTES", size)
+    monkeypatch.setattr(patch_strips, "_HELD_BYTES", size)
     monkeypatch.setattr(patch_lags, "_SPECTRUM_BYTES", size)
     for module in (patch_lags, gram):
         monkeypatch.setattr(module, "_CACHE_BYTES", size)
@@ -340,10 +390,11 @@ def test_auto_takes_what_pays() -> None:
 
     assert choice(64, 32, 128) == "lags"
     assert choice(256, 8, 128) == "lags"
-    assert choice(3, 112, 16, k=7, s=2) == "lags"
+    assert choice(3, 112, 16, k=7, s=2) == "strips"
     assert choice(64, 4, 512) == "slices"
     assert choice(3, 32, 128) == "slices"
-    assert choice(64, 32, 128, s=2) == "chunks"
+    assert choice(64, 32, 128, s=2) == "strips"
+    assert choice(64, 16, 128, k=1, s=2) == "chunks"
     assert choice(64, 32, 128, k=1) == "chunks"
     assert choice(16, 4, 1) == "chunks"
 
@@ -422,8 +473,14 @@ def test_largest_padding_of_each_mode_is_accepted(mode: str) -> None:
     ("method", "channels", "size", "kernel", "stride"),
     [
         ("chunks", 16, 28, 3, 2),
+        ("chunks", 64, 16, 1, 2),
+        ("strips", 16, 28, 3, 2),
+        ("strips", 3, 56, 7, 2),
+        ("strips", 32, 14, 3, 1),
         ("lags", 16, 28, 5, 1),
         ("lags", 3, 56, 7, 2),
+        ("lags", 96, 8, 3, 1),
+        ("lags", 48, 10, 5, 1),
         ("slices", 16, 7, 3, 1),
         ("slices", 3, 32, 3, 1),
     ],

@@ -17,6 +17,7 @@ from torch import Tensor
 _BANDS = 4
 _NARROWEST = 96  # columns of a band: below, a product is not worth splitting
 _CACHE_BYTES = 2**18
+_MIRRORED = 64  # columns that are mirrored at once
 
 
 def bands(columns: int, device: torch.device, narrowest: int = _NARROWEST) -> list[slice]:
@@ -67,10 +68,12 @@ def add_gram(moment: Tensor, columns: Tensor) -> None:
 
 
 def mirror(moment: Tensor) -> None:
-    """Copy what is right of the bands of `add_gram` to the left, and symmetrise them."""
-    for band in bands(moment.shape[-1], moment.device):
-        moment[:, band.stop :, band] = moment[:, band, band.stop :].mT
-        add_transpose(moment[:, band, band].div_(2))
+    """Copy what is right of the diagonal to the left of it."""
+    for i in range(0, moment.shape[-1], _MIRRORED):
+        band, rest = slice(i, i + _MIRRORED), slice(i + _MIRRORED, None)
+        moment[:, rest, band] = moment[:, band, rest].mT
+        square = moment[:, band, band]
+        square.copy_(square.triu() + square.triu(1).mT)
 
 
 def add_transpose(moment: Tensor) -> None:

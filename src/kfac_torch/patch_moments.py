@@ -7,10 +7,13 @@ is a bias, they form the matrix P, and the input factor of KFC is
     A = PᵀP / (N T)                               (Grosse & Martens 2016, section 3)
 
 Notation: N examples, C channels (of one group), T output locations, k kernel size; more
-in `patch_geometry`. Three methods, the same matrix:
+in `patch_geometry`. Four methods, the same matrix:
 
-"chunks" forms P piece by piece in one bounded buffer: (k₁k₂C)² multiply-adds per row, or
-nearly half of them where the bands of `gram` pay.
+"chunks" forms P piece by piece in one bounded buffer (`patch_strips`): (k₁k₂C)²
+multiply-adds per row, or nearly half of them where the bands of `gram` pay.
+
+"strips" forms one kernel offset of the first dimension, or as many as the stride; products
+with the next such strips hold all the others, up to the borders: k₁(k₂C)² multiply-adds.
 
 "lags" (`patch_lags`): what two kernel offsets share depends on how far they are apart,
 up to the borders, and one Fourier transform gives all such lags.
@@ -33,7 +36,6 @@ import math
 import torch
 from torch import Tensor
 
-from .gram import add_gram, mirror
 from .patch_geometry import (
     Arranged,
     Conv,
@@ -48,13 +50,12 @@ from .patch_geometry import (
     windows,
 )
 from .patch_lags import add_lags
-from .patch_slices import add_slices
+from .patch_slices import add_slices, held_examples
+from .patch_strips import Cut, add_strips, cut, piece_sizes
 
 __all__ = ("mean_patch", "patch_second_moment", "patch_view", "resolve_padding")
 
-_METHODS = ("auto", "chunks", "lags", "slices")
-
-_PATCH_BYTES = 16 * 2**20  # patches that "chunks" holds at once
+_METHODS = ("auto", "chunks", "strips", "lags", "slices")
 
 
 def patch_second_moment(
@@ -84,8 +85,8 @@ def patch_second_moment(
         groups: channel groups; each has its own patches.
         has_bias: append a column of ones to the patches.
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``.
-        method: ``"chunks"``, ``"lags"``, ``"slices"``, or ``"auto"`` for the one
-            expected to be fastest.
+        method: ``"chunks"``, ``"strips"``, ``"lags"``, ``"slices"``, or ``"auto"`` for
+            the one expected to be fastest.
 
     Returns:
         A symmetric ``[D, D]`` matrix with D = k₁k₂C (+ 1), or with groups a stack
@@ -182,12 +183,13 @@ def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor)
     """Put `PᵀP / (N T)` into a moment of zeros, a part of the flat spare memory."""
     how = arrange(conv)
     wide = moment
-    if method != "chunks" and how.spread > 1:
+    if method in ("chunks", "strips"):
+        add_strips(moment, inputs, conv, cut(conv, whole=method == "chunks"))
+        return
+    if how.spread > 1:
         wide = moment.new_empty(conv.groups, how.conv.columns, how.conv.columns)
         spare = wide.view(-1)
-    if method == "chunks":
-        _add_chunks(moment, inputs, conv)
-    elif method == "lags":
+    if method == "lags":
         add_lags(wide, inputs, conv, how, spare)
     else:
         add_slices(wide, inputs, conv, how)
@@ -196,56 +198,56 @@ def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor)
         moment.copy_(wide[:, columns[:, None], columns])
 
 
-def _add_chunks(moment: Tensor, inputs: Tensor, conv: Conv) -> None:
-    width = conv.columns * conv.groups
-    held = max(1, _PATCH_BYTES // (width * moment.element_size()))  # rows at once
-    held = min(held, max(conv.rows // 12, min(held, 512)))
-    # A piece takes whole trailing dimensions of [N, *out] while they fit.
-    batch, *sizes = (
-        min(n, max(1, held // math.prod(conv.out[i:])))
-        for i, n in enumerate((conv.batch, *conv.out))
-    )
-    buffer = moment.new_empty(width * batch * math.prod(sizes))
-    for examples in torch.split(inputs, batch):
-        patches = windows(pad(examples.to(moment.dtype), conv, conv.padding), conv)
-        starts = (range(0, n, size) for n, size in zip(conv.out, sizes, strict=True))
-        for start in itertools.product(*starts):
-            piece = patches.movedim(0, 1 + len(start))  # [C, *kernel, N, *out]
-            for i, (first, size) in enumerate(zip(start, sizes, strict=True)):
-                dim = i - len(start)
-                piece = piece.narrow(dim, first, min(size, conv.out[i] - first))
-            filled = buffer[: piece.numel()].view(piece.shape).copy_(piece)
-            columns = filled.view(conv.groups, conv.columns, -1)
-            add_gram(moment, columns)
-    mirror(moment.div_(conv.rows))
-
-
 @functools.lru_cache(maxsize=256)
 def _costs(conv: Conv) -> dict[str, float]:
     """Expected costs in multiply-adds of a large matmul, fitted on a CPU."""
-    how = arrange(conv)
-    chunks = conv.rows * conv.groups * conv.columns * (30 + conv.columns)
-    costs = {"chunks": float(chunks)}
-    wide = 20 * how.conv.columns**2 * conv.groups if how.spread > 1 else 0
+    how, narrow = arrange(conv), cut(conv)
+    costs = {"chunks": _strips_cost(conv, cut(conv, whole=True))}
+    if narrow.count > 1:
+        costs["strips"] = _strips_cost(conv, narrow)
+    wide = how.conv.columns**2 * conv.groups if how.spread > 1 else 0
     # Neither pays, nor is its memory in proportion, where few patches have many columns.
-    if 8 * wide < 20 * conv.rows * conv.columns * conv.groups:
-        costs["lags"] = _lags_cost(how) + wide
-        costs["slices"] = _slices_cost(how) + wide
+    if 8 * wide < conv.rows * conv.columns * conv.groups:
+        costs["lags"] = _lags_cost(how) + 1.3e4 * wide
+        costs["slices"] = _slices_cost(conv, how) + 38 * wide
     return costs
 
 
-def _slices_cost(how: Arranged) -> float:
-    conv = how.conv
+def _strips_cost(conv: Conv, how: Cut) -> float:
+    sizes = piece_sizes(conv, how, 4)  # of float32
+    numbers = zip((conv.batch, *conv.out), sizes, strict=True)
+    pieces = [-(-n // size) for n, size in numbers]
+    rows, o, ends = conv.rows // conv.out[0], conv.out[0], range(how.count - 1)
+    size = how.width * conv.columns // conv.kernel[0]
+    widths = [size] * len(ends) + [conv.columns - len(ends) * size]
+    # Strips of nothing but zeros are left out.
+    zeros = how.width == 1 and conv.padding_mode == "zeros" and any(conv.padding[0])
+    missed = how.lag if zeros else 0
+    products = sum(size * w * max(1, o - r * missed) for r, w in enumerate(widths))
+    products -= 0.37 * size * widths[0] * o if size >= 384 else 0  # half of one's own
+    if not zeros or pieces[1] > 1:
+        ending = sum(size * widths[r + 1] for q in ends for r in ends[q:])
+        products += 2 * pieces[1] * how.lag * ending
+    # Small products, of each group, take longer.
+    strips = (o + pieces[1] * how.more) * (870 + 73 * size + 1000 * (conv.groups > 1))
+    calls = 5e5 * math.prod(pieces) * (12 + how.count**2)
+    sorting = 420 * conv.columns**2 * conv.groups
+    return 1.5e7 + rows * conv.groups * (products + strips) + calls + sorting
+
+
+def _slices_cost(whole: Conv, how: Arranged) -> float:
+    conv, axis = how.conv, axes(how.conv)[0]
     each, others = conv.channels // conv.groups, math.prod(conv.space[1:])
-    axis = axes(conv)[0]
     locations = sum(conv.space[0] - lag for lag in axis.lags.tolist())
-    terms = axis.signs.shape[-1]
     locations += axis.points.shape[1]
-    pair = conv.channels * each * others**2
-    gram = conv.batch * locations * pair * (1 + 16 / (each * others))
-    sums = pair * terms * (40 + math.prod(conv.kernel[1:]) ** 2)
-    copies = 20 * conv.batch * conv.channels * conv.space[0] * others
-    blocks = 20 * conv.columns**2 * conv.groups * terms
+    if each * others >= 384:
+        locations -= 0.37 * conv.space[0]  # half of a product with itself
+    pair, terms = conv.channels * each * others**2, axis.signs.shape[-1]
+    pieces = -(-conv.batch // held_examples(whole, how))
+    gram = 1.1 * conv.batch * locations * pair
+    sums = pieces * terms * (80 * pair + 2.5e6)
+    copies = 185 * conv.batch * conv.channels * conv.space[0] * others
+    blocks = 38 * conv.columns**2 * conv.groups * terms
     return 2e7 + gram + sums + copies + blocks
 
 
@@ -253,12 +255,13 @@ def _lags_cost(how: Arranged) -> float:
     conv = how.conv
     along, each = axes(conv), conv.channels // conv.groups
     terms = math.prod(axis.signs.shape[-1] for axis in along)
-    cost = 1e8 + 3 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    cost = 8e7 + 1.6 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
         spectra = math.prod(axis.points.shape[1] for axis, at in pairs if at)
         spectra *= math.prod(axis.length for axis in full) * conv.channels
         lags = math.prod(len(axis.lags) for axis in full)
-        cost += spectra * (conv.batch * (230 + 4 * (each + 16)) + 15 * lags * each)
+        each_example = 276 + 500 / each + 3.2 * each
+        cost += spectra * (conv.batch * each_example + 8.2 * lags * each)
     return cost

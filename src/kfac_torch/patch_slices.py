@@ -58,24 +58,32 @@ def _along(
     return terms, signs.flatten(0, 1).to(device, dtype)
 
 
-def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
-    """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there.
+def held_examples(conv: Conv, how: Arranged) -> int:
+    """How many examples are taken at once.
 
     A sixth of the patches of `conv` holds the blocks, the products, twice, and as many
     examples as there is room for then, but at least an eighth of the batch.
     """
+    flat = how.conv
+    each, others = flat.channels // flat.groups, math.prod(flat.space[1:])
+    pairs = axes(flat)[0].signs.shape[-1] * math.prod(flat.kernel[1:]) ** 2
+    taken = flat.channels * each * (pairs + 2 * others**2)
+    taken += flat.groups * flat.columns**2 if how.spread > 1 else 0
+    copies = 2 if any(map(any, how.pads)) or how.spread > 1 else 1
+    example = copies * flat.channels * math.prod(flat.space)
+    sixth = conv.rows * conv.columns * conv.groups // 6
+    return max(1, (sixth - taken) // example, conv.batch // 8)
+
+
+def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
+    """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there."""
     flat = how.conv._replace(batch=1)  # nothing here depends on the batch
     terms, signs = _along(flat, moment.dtype, moment.device)
     sums = _sums(flat, moment.dtype, moment.device)
     each = flat.channels // flat.groups
     blocks = moment.new_zeros(len(terms), len(sums), flat.groups * each * each)
 
-    sixth = conv.rows * conv.columns * conv.groups // 6
-    taken = blocks.numel() + 2 * flat.channels * each * sums.shape[1]
-    taken += moment.numel() if how.spread > 1 else 0
-    copies = 2 if any(map(any, how.pads)) or how.spread > 1 else 1
-    example = copies * flat.channels * math.prod(flat.space)
-    held = max(1, (sixth - taken) // example, conv.batch // 8)
+    held = held_examples(conv, how)
     _add_blocks(blocks, inputs.tensor_split(-(-conv.batch // held)), conv, how)
 
     k, rest = flat.kernel[0], math.prod(flat.kernel[1:])
@@ -84,6 +92,7 @@ def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> Non
         total = (signs[u * k : (u + 1) * k] / conv.rows) @ blocks.flatten(1)
         total = total.view(k, rest, rest, flat.groups, each, each)
         where[:, :, u] = total.permute(3, 4, 1, 5, 0, 2)
+        del total  # before the next is made
     add_transpose(moment)
 
 
