@@ -11,6 +11,7 @@ from kfac_torch import KFAC
 from kfac_torch.estimator import FisherEstimator
 from kfac_torch.layer_collection import LayerCollection
 from kfac_torch.op_queue import OpQueue, batch_execute
+from kfac_torch.refresh_schedule import Refresh
 
 
 def counters(number):
@@ -174,7 +175,7 @@ def test_an_optimizer_whose_inverses_are_refreshed_in_turn():
             for factor, damping in zip(block.factors, block._damping_funcs(), strict=True)
         ]
 
-    never = 10**6
+    never = Refresh(every=10**6, early=3)
     # Steps 0 to 2 have refreshed everything themselves; then each in its turn.
     assert run(never, 1)[3:] == [[3], [0], [1], [2]]
     assert run(never, 2)[3:] == [[2, 3], [0, 1], [2, 3], [0, 1]]
