@@ -38,6 +38,7 @@ DARK = MappingProxyType({GROUND: "#0d1117", INK: "#e6edf3", GRID: "#373e47"})
 STYLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "K-FAC": {"color": "#e4572e", "linewidth": 2.0, "zorder": 5},
+        "K-FAC, tuned": {"color": "#e4572e", "linestyle": (0, (3, 1.5)), "zorder": 4},
         "SOAP": {"color": "#1f9e89", "linestyle": (0, (6, 2))},
         "Muon": {"color": "#9467bd", "linestyle": (0, (6, 2, 1, 2))},
         "AdamW": {"color": "#3a8fd6"},

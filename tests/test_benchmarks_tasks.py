@@ -8,10 +8,10 @@ import struct
 import pytest
 import torch
 import tune_rivals
-from kfac_setup import make_kfac
+from kfac_setup import SPACE, make_kfac, tuned_kfac
 from rivals import RIVALS
 from runs import Run
-from steps_to_target import spread, table
+from steps_to_target import run_once, spread, table
 from tasks import TASKS, DataMissingError, curves_autoencoder, data, load_task
 from torch import nn
 
@@ -208,6 +208,73 @@ def test_halving_keeps_all_trials_and_finishes_the_best(make, monkeypatch, tmp_p
     tune_rivals.store(path, "T2", "AdamW", found)
     tune_rivals.store(path, "T2", "Muon", {})
     assert json.loads(path.read_text())["tasks"]["T2"] == {"AdamW": found, "Muon": {}}
+
+
+def test_kfac_is_tuned_as_the_rivals_are_in_its_own_budget(make):
+    task = make("T4")
+    object.__setattr__(task, "kfac_steps", 16)
+    found = tune_rivals.tune(task, "K-FAC", trials=5)
+    assert [trial["steps"] for trial in found["trials"]] == [16, 5, 5, 2, 2]
+    assert found["budget"] == 16
+    assert all(trial["failure"] is None for trial in found["trials"])
+    for trial in found["trials"]:
+        assert trial["settings"].keys() == SPACE.keys()
+        assert all(value in SPACE[key].values for key, value in trial["settings"].items())
+    assert len({json.dumps(trial["settings"]) for trial in found["trials"]}) == 5
+
+
+def options_of(optimizer):
+    return optimizer.state_dict()["kfac"]["subject"]["options"]
+
+
+DEFAULTS = {
+    "trust_region": 0.05,
+    "initial_damping": 0.1,
+    "cov_update_every": 3,
+    "invert_every": 6,
+    "batch_fraction": 0.125,
+}
+
+
+def test_tuned_kfac_with_the_defaults_is_kfac_but_for_early_statistics(make):
+    task = make("T4")
+    plain = make_kfac(task, task.make_model(0))
+    tuned = tuned_kfac(task).make(task.make_model(0), DEFAULTS)
+    assert plain.state_dict()["param_groups"] == tuned.state_dict()["param_groups"]
+    assert options_of(plain) == options_of(tuned) | {"early_updates": 10}
+    assert options_of(tuned)["early_updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("initial_damping", 1.0, "damping"),
+        ("cov_update_every", 6, "cov_update_every"),
+        ("invert_every", 12, "invert_every"),
+        ("batch_fraction", 0.25, "quadratic_model"),
+    ],
+)
+def test_a_setting_of_tuned_kfac_reaches_its_place_alone(name, value, found, make):
+    task = make("T4")
+    base, changed = (
+        options_of(tuned_kfac(task).make(task.make_model(0), settings))
+        for settings in (DEFAULTS, DEFAULTS | {name: value})
+    )
+    assert {key for key in base if base[key] != changed[key]} == {found}
+
+
+def test_the_trust_region_of_tuned_kfac(make):
+    task = make("T4")
+    optimizer = tuned_kfac(task).make(task.make_model(0), DEFAULTS | {"trust_region": 0.2})
+    assert optimizer.param_groups[0]["trust_region"] == 0.2
+
+
+def test_tuned_kfac_runs_to_a_target_from_the_table_of_trials(make):
+    task = make("T4")
+    object.__setattr__(task, "kfac_steps", 4)
+    found = run_once(task, "K-FAC, tuned", DEFAULTS, 1, stop=False)
+    assert found["failure"] is None
+    assert [row[0] for row in found["curve"]] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_the_table():
