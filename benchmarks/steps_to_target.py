@@ -135,6 +135,10 @@ def main() -> None:
             if settings is None and method != UNTUNED:
                 print(f"{name}: {method} has no trials yet, left out", file=sys.stderr)
                 continue
+            if method in RIVALS and RIVALS[method].missing:
+                package = RIVALS[method].package
+                print(f"{method} needs {package}, left out", file=sys.stderr)
+                continue
             entry["methods"][method] = [
                 run_once(task, method, settings, seed, arguments.stop)
                 for seed in arguments.seeds

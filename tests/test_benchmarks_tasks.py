@@ -3,9 +3,12 @@
 import gzip
 import itertools
 import json
+import re
 import struct
+from pathlib import Path
 
 import pytest
+import rivals
 import torch
 import tune_rivals
 from kfac_setup import SPACE, make_kfac, tuned_kfac
@@ -15,6 +18,7 @@ from steps_to_target import run_once, spread, table
 from tasks import TASKS, DataMissingError, curves_autoencoder, data, load_task
 from torch import nn
 
+ROOT = Path(__file__).parent.parent
 # name: target, batch, output of a batch
 EXPECTED = {
     "T1": (15.10, 1797, (1797, 64)),
@@ -275,6 +279,29 @@ def test_tuned_kfac_runs_to_a_target_from_the_table_of_trials(make):
     found = run_once(task, "K-FAC, tuned", DEFAULTS, 1, stop=False)
     assert found["failure"] is None
     assert [row[0] for row in found["curve"]] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_rival_whose_package_is_missing(monkeypatch):
+    assert RIVALS["SOAP"].package == "pytorch-optimizer"
+    assert not RIVALS["AdamW"].missing
+    monkeypatch.setattr(rivals, "find_spec", {"pytorch_optimizer": None}.__getitem__)
+    assert RIVALS["SOAP"].missing
+    monkeypatch.setattr(rivals, "find_spec", {"pytorch_optimizer": 1}.__getitem__)
+    assert not RIVALS["SOAP"].missing
+
+
+COMMAND = re.compile(r"python (benchmarks/\w+\.py)((?: [^`#\n;]*)?)")
+
+
+@pytest.mark.parametrize("file", ["Makefile", "docs/benchmarks.md"])
+def test_the_commands_that_are_written_down_exist_with_their_flags(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    commands = COMMAND.findall(re.sub(r"\n(?!\t)", " ", text) if file[0] == "d" else text)
+    assert len(commands) > 9
+    for script, rest in commands:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert f'"{flag}"' in source, (script, flag)
 
 
 def test_the_table():
