@@ -30,7 +30,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/digits_autoencoder.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gram.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_overhead.py --pairs 40
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py --data-dir $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity.py --data-dir $(DATA)
 
@@ -40,6 +40,7 @@ bench-long: bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ekfac.py --data-dir $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/batch_growth.py --data-dir $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/steps_to_target.py --data-dir $(DATA) --stop
+	$(BIN)/python benchmarks/pictures.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kfac-torch needs Python >= 3.11")'

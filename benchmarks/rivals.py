@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -79,10 +80,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rival:
-    """An optimizer and the space of its settings, by the loss of the task."""
+    """An optimizer and the space of its settings, by the loss of the task.
+
+    `package` is what it needs beside torch, as it is installed.
+    """
 
     make: Callable[[nn.Module, Settings], Any]
     space: Callable[[str], Mapping[str, LogUniform | Choice]]
+    package: str = ""
+
+    @property
+    def missing(self) -> bool:
+        """Whether its package is not installed."""
+        return bool(self.package) and find_spec(self.package.replace("-", "_")) is None
 
     def draw(self, kfac_loss: str, number: int, seed: int) -> list[Settings]:
         """Draw settings."""
@@ -179,6 +189,6 @@ RIVALS: Mapping[str, Rival] = MappingProxyType(
         "AdamW": Rival(make_adamw, _adam_space),
         "SGD-NAG": Rival(make_sgd, _sgd_space),
         "Muon": Rival(make_muon, _muon_space),
-        "SOAP": Rival(make_soap, _soap_space),
+        "SOAP": Rival(make_soap, _soap_space, "pytorch-optimizer"),
     }
 )

@@ -2,10 +2,10 @@
 
     python benchmarks/steps_to_target.py --data-dir DIR [--tasks T1 ...] [--stop]
 
-K-FAC is what `kfac_setup.make_kfac` makes, the same on every task; the rivals have the
-settings of `results/trials.json`. Three seeds, not that of the trials, one thread. Each run
-takes its whole step budget, and up to half as much again if it has not reached the target
-by then; with `--stop` it ends at the target. Seconds are processor time
+K-FAC is what `kfac_setup.make_kfac` makes, the same on every task; tuned K-FAC and the
+rivals have the settings of `results/trials.json`. Three seeds, not that of the trials, one
+thread. Each run takes its whole step budget, and up to half as much again if it has not
+reached the target by then; with `--stop` it ends at the target. Seconds are processor time
 of the training steps, which is what the wall clock says on an idle machine; both are kept.
 Written are `results/steps_to_target.json` and, with the same name, a Markdown table: median
 [min-max] over the seeds; a run that does not reach the target has "-" and counts as worse.
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kfac_setup import make_kfac
+from kfac_setup import TUNED, UNTUNED, make_kfac, tuned_kfac
 from rivals import RIVALS
 from runs import Run, machine, write_json
 from tasks import TASKS, Task, load_task
 
 SEEDS = (1, 2, 3)
 OVERTIME = 1.5  # times the budget, to reach the target
-METHODS = ("K-FAC", *RIVALS)
+METHODS = (UNTUNED, TUNED, *RIVALS)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,8 +40,11 @@ def run_once(
     task: Task, method: str, settings: Any, seed: int, stop: bool
 ) -> dict[str, Any]:
     """Train once."""
-    if method == "K-FAC":
-        run = Run(task, partial(make_kfac, task), seed, every=1)
+    if method in (UNTUNED, TUNED):
+        make = partial(make_kfac, task)
+        if method == TUNED:
+            make = partial(tuned_kfac(task).make, settings=settings)
+        run = Run(task, make, seed, every=1)
         # The sampled targets follow the seed too.
         run.optimizer.estimator.seed = seed
         budget = task.kfac_steps
@@ -127,9 +130,14 @@ def main() -> None:
             "test_metric": task.test_metric,
         }
         for method in arguments.methods:
-            settings = trials.get(name, {}).get(method, {}).get("best")
-            if settings is None and method != "K-FAC":
+            tried = UNTUNED if method == TUNED else method
+            settings = trials.get(name, {}).get(tried, {}).get("best")
+            if settings is None and method != UNTUNED:
                 print(f"{name}: {method} has no trials yet, left out", file=sys.stderr)
+                continue
+            if method in RIVALS and RIVALS[method].missing:
+                package = RIVALS[method].package
+                print(f"{method} needs {package}, left out", file=sys.stderr)
                 continue
             entry["methods"][method] = [
                 run_once(task, method, settings, seed, arguments.stop)

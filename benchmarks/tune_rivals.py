@@ -1,4 +1,4 @@
-"""Tune the rivals: twelve trials for each on each task, by successive halving.
+"""Tune the rivals, or K-FAC: twelve trials for each on each task, by successive halving.
 
     python benchmarks/tune_rivals.py --data-dir DIR [--tasks T1 ...] [--rivals AdamW ...]
 
@@ -7,8 +7,9 @@ part of the task's step budget; the best three go on, the best of these goes on 
 Best is the lowest training loss on the fixed cases. The parts are an eighth and a third of
 the budget; on the tasks with a plateau, where early losses say little, a third and two.
 Steps decide, not seconds, so that a busy machine changes nothing; `--seconds` ends a trial
-that takes longer in processor time all the same, and the table shows it. Every trial is
-written to `results/trials.json`; those of other tasks and rivals are kept there.
+that takes longer in processor time all the same, and the table shows it. `--rivals K-FAC`
+tunes K-FAC in the same way, in the space of `kfac_setup.py` and its own step budget. Every
+trial is written to `results/trials.json`; those of other tasks and rivals are kept there.
 `steps_to_target.py` takes its settings from the table.
 """
 
@@ -24,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rivals import RIVALS, Settings
+from kfac_setup import UNTUNED as KFAC, tuned_kfac
+from rivals import RIVALS, Rival, Settings
 from runs import Run, machine, write_json
 from tasks import TASKS, Task, load_task
 
 TRIALS, SEED = 12, 0
 EVERY = 10  # steps between evaluations
+EVERY_OF_KFAC = 5
 # A part of the budget, and how many trials are kept after it.
 RUNGS = ((1 / 8, 3), (1 / 3, 1), (1.0, 1))
 PLATEAU_RUNGS = ((1 / 3, 3), (2 / 3, 1), (1.0, 1))
@@ -41,16 +44,18 @@ def tune(
     task: Task, name: str, trials: int = TRIALS, seconds: float = math.inf
 ) -> dict[str, Any]:
     """Try settings of a rival on a task; the first entry of "trials" is the best."""
-    rival = RIVALS[name]
+    rival = tuned_kfac(task) if name == KFAC else RIVALS[name]
+    budget = task.kfac_steps if name == KFAC else task.rival_steps
+    every = EVERY_OF_KFAC if name == KFAC else EVERY
     drawn = rival.draw(task.kfac_loss, trials, SEED)
     racing = [
-        (settings, Run(task, partial(_make, name, settings), SEED, EVERY))
+        (settings, Run(task, partial(_make, rival, settings), SEED, every))
         for settings in drawn
     ]
     ended = []
     for part, kept in PLATEAU_RUNGS if task.name in PLATEAU else RUNGS:
         for settings, run in racing:
-            run.train(round(part * task.rival_steps), seconds)
+            run.train(round(part * budget), seconds)
             print(task.name, name, dict(settings), run.steps, run.loss, file=sys.stderr)
         racing.sort(key=lambda pair: final_loss(pair[1]))
         ended = racing[kept:] + ended
@@ -58,7 +63,7 @@ def tune(
     best = racing[0][1]
     rows = [row(settings, run, task) for settings, run in racing + ended]
     return {
-        "budget": task.rival_steps,
+        "budget": budget,
         "target": task.target,
         "best_curve": [[steps, float(f"{x:.5g}")] for steps, *_, x in best.curve],
         "best": rows[0]["settings"],
@@ -94,8 +99,8 @@ def thinned(curve: list[tuple[int, float, float, float]], number: int = 12) -> l
     return [[steps, float(f"{loss:.5g}")] for steps, *_, loss in rows if loss < math.inf]
 
 
-def _make(name: str, settings: Settings, model: torch.nn.Module) -> Any:
-    return RIVALS[name].make(model, settings)
+def _make(rival: Rival, settings: Settings, model: torch.nn.Module) -> Any:
+    return rival.make(model, settings)
 
 
 def main() -> None:
@@ -103,7 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument(
+        "--rivals", nargs="+", choices=(*RIVALS, KFAC), default=list(RIVALS)
+    )
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--out", type=Path, default=OUT)

@@ -3,18 +3,22 @@
 import gzip
 import itertools
 import json
+import re
 import struct
+from pathlib import Path
 
 import pytest
+import rivals
 import torch
 import tune_rivals
-from kfac_setup import make_kfac
+from kfac_setup import SPACE, make_kfac, tuned_kfac
 from rivals import RIVALS
 from runs import Run
-from steps_to_target import spread, table
+from steps_to_target import run_once, spread, table
 from tasks import TASKS, DataMissingError, curves_autoencoder, data, load_task
 from torch import nn
 
+ROOT = Path(__file__).parent.parent
 # name: target, batch, output of a batch
 EXPECTED = {
     "T1": (15.10, 1797, (1797, 64)),
@@ -208,6 +212,96 @@ def test_halving_keeps_all_trials_and_finishes_the_best(make, monkeypatch, tmp_p
     tune_rivals.store(path, "T2", "AdamW", found)
     tune_rivals.store(path, "T2", "Muon", {})
     assert json.loads(path.read_text())["tasks"]["T2"] == {"AdamW": found, "Muon": {}}
+
+
+def test_kfac_is_tuned_as_the_rivals_are_in_its_own_budget(make):
+    task = make("T4")
+    object.__setattr__(task, "kfac_steps", 16)
+    found = tune_rivals.tune(task, "K-FAC", trials=5)
+    assert [trial["steps"] for trial in found["trials"]] == [16, 5, 5, 2, 2]
+    assert found["budget"] == 16
+    assert all(trial["failure"] is None for trial in found["trials"])
+    for trial in found["trials"]:
+        assert trial["settings"].keys() == SPACE.keys()
+        assert all(value in SPACE[key].values for key, value in trial["settings"].items())
+    assert len({json.dumps(trial["settings"]) for trial in found["trials"]}) == 5
+
+
+def options_of(optimizer):
+    return optimizer.state_dict()["kfac"]["subject"]["options"]
+
+
+DEFAULTS = {
+    "trust_region": 0.05,
+    "initial_damping": 0.1,
+    "cov_update_every": 3,
+    "invert_every": 6,
+    "batch_fraction": 0.125,
+}
+
+
+def test_tuned_kfac_with_the_defaults_is_kfac_but_for_early_statistics(make):
+    task = make("T4")
+    plain = make_kfac(task, task.make_model(0))
+    tuned = tuned_kfac(task).make(task.make_model(0), DEFAULTS)
+    assert plain.state_dict()["param_groups"] == tuned.state_dict()["param_groups"]
+    assert options_of(plain) == options_of(tuned) | {"early_updates": 10}
+    assert options_of(tuned)["early_updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("initial_damping", 1.0, "damping"),
+        ("cov_update_every", 6, "cov_update_every"),
+        ("invert_every", 12, "invert_every"),
+        ("batch_fraction", 0.25, "quadratic_model"),
+    ],
+)
+def test_a_setting_of_tuned_kfac_reaches_its_place_alone(name, value, found, make):
+    task = make("T4")
+    base, changed = (
+        options_of(tuned_kfac(task).make(task.make_model(0), settings))
+        for settings in (DEFAULTS, DEFAULTS | {name: value})
+    )
+    assert {key for key in base if base[key] != changed[key]} == {found}
+
+
+def test_the_trust_region_of_tuned_kfac(make):
+    task = make("T4")
+    optimizer = tuned_kfac(task).make(task.make_model(0), DEFAULTS | {"trust_region": 0.2})
+    assert optimizer.param_groups[0]["trust_region"] == 0.2
+
+
+def test_tuned_kfac_runs_to_a_target_from_the_table_of_trials(make):
+    task = make("T4")
+    object.__setattr__(task, "kfac_steps", 4)
+    found = run_once(task, "K-FAC, tuned", DEFAULTS, 1, stop=False)
+    assert found["failure"] is None
+    assert [row[0] for row in found["curve"]] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_rival_whose_package_is_missing(monkeypatch):
+    assert RIVALS["SOAP"].package == "pytorch-optimizer"
+    assert not RIVALS["AdamW"].missing
+    monkeypatch.setattr(rivals, "find_spec", {"pytorch_optimizer": None}.__getitem__)
+    assert RIVALS["SOAP"].missing
+    monkeypatch.setattr(rivals, "find_spec", {"pytorch_optimizer": 1}.__getitem__)
+    assert not RIVALS["SOAP"].missing
+
+
+COMMAND = re.compile(r"python (benchmarks/\w+\.py)((?: [^`#\n;]*)?)")
+
+
+@pytest.mark.parametrize("file", ["Makefile", "docs/benchmarks.md"])
+def test_the_commands_that_are_written_down_exist_with_their_flags(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    commands = COMMAND.findall(re.sub(r"\n(?!\t)", " ", text) if file[0] == "d" else text)
+    assert len(commands) > 9
+    for script, rest in commands:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert f'"{flag}"' in source, (script, flag)
 
 
 def test_the_table():
