@@ -208,8 +208,7 @@ class KFAC(NamedState):
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         super().__init__(param_groups(names, layers, lr, momentum), chosen.defaults)
         self.last_step: StepRecord | None = None
-        self._model = model
-        self._names = names
+        self._model, self._names = model, names
         self._given_damping = self._damping = chosen.damping
         self._statistics = pace.statistics
         self._momentum_type = chosen.kind
