@@ -66,6 +66,20 @@ def test_bernoulli_value():
     close(MultiBernoulliNegativeLogProbLoss(z, y).evaluate(), expected)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_bernoulli_value_of_a_good_fit(weighted):
+    """What cancels is 1e5 times the loss: it has to in each term, not in the sums."""
+    y = torch.rand(64, 784).round()
+    z = ((2 * y - 1) * (12 + 2 * torch.randn(64, 784))).float()
+    w = torch.rand(784) if weighted else torch.ones(784)
+    expected = (w * functional.softplus((1 - 2 * y) * z.double())).sum()
+    given = w.float() if weighted else None
+    gradient = w.float() * (z.sigmoid() - y.float())
+    found = MultiBernoulliNegativeLogProbLoss(z).value_from_gradient(gradient, given)
+    assert found.dtype == torch.float32
+    close(found.double(), expected, 1e-3)
+
+
 def test_categorical_fisher_products():
     loss = CategoricalLogitsNegativeLogProbLoss(torch.tensor([[1.0, 2, 3], [4, 6, 8]]))
     product = loss.multiply_fisher(torch.tensor([[1.0, 2, 3], [5, 3, 1]]))

@@ -97,10 +97,10 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         self, gradient: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """Return `Σ w (A − zσ) + zg`, with `A = log(1 + e^z)` and `g = w (σ − y)`."""
-        z, p = self._inputs.detach(), self._p()
-        A = _times(weights, functional.softplus(z)).sum()
-        p = p if weights is None else weights * p
-        return A + torch.dot(z.flatten(), (gradient - p).flatten())
+        z = self._inputs.detach()
+        A = _times(weights, functional.softplus(z))
+        # Before the sum: where the fit is good, what cancels is far larger than the loss.
+        return torch.addcmul(A, z, gradient - _times(weights, self._p())).sum()
 
     def change_from_gradient(
         self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
