@@ -583,6 +583,20 @@ def test_the_unit_of_the_trust_region_may_be_given():
     assert (delta @ F @ delta).item() == pytest.approx(0.25e-4)
 
 
+def test_a_region_that_shrinks_is_in_proportion_to_the_group():
+    model, (x, y) = plain(), batches(1)[0]
+    region = TrustRegion(fraction=0.5, final=0.1, decay_steps=2.0, unit=1e-4)
+    optimizer = KFAC(model, "categorical", norm_constraint=region)
+    optimizer.param_groups[0]["trust_region"] = 0.25
+    for step in range(3):
+        before = vector(model)
+        F = exact_fisher(model, x, CategoricalLogitsNegativeLogProbLoss)
+        train(model, optimizer, [(x, y)])
+        delta = vector(model) - before
+        expected = 1e-4 * (0.05 + 0.2 * math.exp(-step / 2))
+        assert (delta @ F @ delta).item() == pytest.approx(expected)
+
+
 def test_momentum_within_bounds_is_the_best_one_there():
     """Against a fine grid of momenta, each with its own best step size."""
     seen = set()
@@ -781,10 +795,17 @@ def test_a_fisher_of_zero_leaves_the_unit_open():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrustRegion(fraction=0.0), "fraction: expected a positive number, got 0"),
-        (lambda: TrustRegion(unit=-1.0), "unit: expected a positive number, got -1"),
-        (lambda: TrustRegion(final=0.0), "final: expected a positive number, got 0"),
-        (lambda: TrustRegion(decay_steps=0), "decay_steps: expected a positive number"),
+        (lambda: TrustRegion(fraction=0.0), "fraction: expected a positive, finite number"),
+        (lambda: TrustRegion(fraction=math.inf), "positive, finite number, got inf"),
+        (
+            lambda: TrustRegion(unit=-1.0),
+            "unit: expected a positive, finite number, got -1",
+        ),
+        (
+            lambda: TrustRegion(final=0.0),
+            "final: expected a positive, finite number, got 0",
+        ),
+        (lambda: TrustRegion(decay_steps=0), "decay_steps: expected a positive, finite"),
         (lambda: QModel(max_momentum=-0.1), "max_momentum: expected a number >= 0, got -0"),
         (lambda: QModel(min_terms=0), "min_terms: expected an integer >= 1, got 0"),
         (lambda: RelativeDamping(-1.0), "RelativeDamping: expected a finite number >= 0"),

@@ -112,8 +112,9 @@ class KFAC(NamedState):
         weight_decay: decoupled, per unit of `lr`; a param group option.
         norm_constraint: `c`, in nats of squared Fisher norm, or a `TrustRegion`, a part of
             the loss, with the quadratic model, or None for no limit; `"auto"` is 1e-3,
-            None with the quadratic model, and `TrustRegion()` where all is automatic.
-            May be changed as `param_groups[0]["norm_constraint"]` or `["trust_region"]`.
+            None with the quadratic model, and `TrustRegion(fraction=0.1, final=0.03)` where
+            all is automatic. May be changed as `param_groups[0]["norm_constraint"]` or
+            `["trust_region"]`: the `fraction`, in proportion to which `final` changes too.
         momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);

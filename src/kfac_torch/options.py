@@ -147,7 +147,8 @@ class TrustRegion:
             closure tells the loss, it is the absolute value of that.
 
     Raises:
-        ValueError: a number that is not positive.
+        ValueError: a number that is not positive and finite; no limit is a
+            `norm_constraint` of None.
 
     >>> region = TrustRegion(fraction=0.1, final=0.02, decay_steps=10.0)
     >>> [round(region.fraction_at(step), 3) for step in (0, 10, 100)]
@@ -162,9 +163,10 @@ class TrustRegion:
     def __post_init__(self) -> None:
         for name in ("fraction", "final", "decay_steps", "unit"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(
-                    f"TrustRegion: {name}: expected a positive number, got {value!r}"
+                    f"TrustRegion: {name}: expected a positive, finite number, got "
+                    f"{value!r}"
                 )
 
     def fraction_at(self, step: int) -> float:
