@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/ekfac.py --data-dir DIR
 
 Nothing is set but the approximation and how rare its decompositions are: with
-`basis_every=5` five times rarer than K-FAC's refreshes, every sixth step. Two seeds; a run
+`basis_every=5` five times rarer than K-FAC's refreshes, every sixth step. Three seeds; a run
 ends at its target or at the budget of the task; "-" is one that was not reached.
 """
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from kfac_torch import KFAC
 from kfac_torch.damping import LevenbergMarquardt, RelativeDamping
 
 RESULTS = Path(__file__).parent / "results" / "sensitivity.json"
-STEPS = {"T1": (60,), "T2": (20, 60), "T4": (40,), "T6": (100,)}
+STEPS = {"T1": (60,), "T2": (20, 60, 100), "T4": (40, 80), "T6": (100,)}
 FACTORS = (0.01, 1.0, 100.0)
 BAR = 0.1
 
