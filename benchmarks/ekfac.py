@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/ekfac.py --data-dir DIR
 
 Nothing is set but the approximation and how rare its decompositions are: with
-`basis_every=5` five times rarer than K-FAC's refreshes, every sixth step. Three seeds; a run
-ends at its target or at the budget of the task; "-" is one that was not reached.
+`basis_every=5` five times rarer than K-FAC's refreshes, every sixth step. Three seeds.
+A run ends at its target or at the budget of the task; "-" is one that was not reached.
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ def _rows(parts: Sequence[Tensor]) -> list[Tensor]:
     rows = [_accumulating(row).flatten() for row in rows]
     short: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for row in rows:
-        if len(row) < _LONG:
+        if row.numel() < _LONG:
             short.setdefault((row.device, row.dtype), []).append(row)
-    long = [row for row in rows if len(row) >= _LONG]
+    long = [row for row in rows if row.numel() >= _LONG]
     return long + [torch.cat(some) if len(some) > 1 else some[0] for some in short.values()]
 
 

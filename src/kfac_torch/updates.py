@@ -418,8 +418,8 @@ class UpdateRule:
         finally:
             if now is not None:
                 set_random_state(now, device)
-        norms, slopes = products(directions), products(directions, [grads])[:, 0]
-        return QuadraticModel(curvature.to(norms), norms, slopes)
+        gram = products([*directions, grads])
+        return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
 
     def _stride(self, call: RootCall) -> int:
         """One example in so many makes the model; all where only its noise is left."""

@@ -146,5 +146,5 @@ def _check_kept(failed: Failures, max_kept: int) -> None:
         if factor.is_refreshed and number < max_kept:
             continue
         named = "" if factor.name in str(error) else f"matrix {factor.name}: "
-        kept = f" (its last good inverse was kept {number} times)" if number else ""
+        kept = f" (its last good inverse was kept for {number} refreshes)" if number else ""
         raise type(error)(f"{named}{error}{kept}") from error
