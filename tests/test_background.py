@@ -2,12 +2,11 @@
 
 import copy
 import io
-import itertools
 import threading
 
 import pytest
 import torch
-from torch import nn
+from refresh_cases import batches, net, step
 from torch.nn.functional import cross_entropy
 
 from kfac_torch import KFAC, KFACPreconditioner, LevenbergMarquardt, Refresh
@@ -17,23 +16,6 @@ from kfac_torch.layer_choice import Layers
 from kfac_torch.size_limit import SizeLimit
 
 WIDTHS = (6, 9, 5, 8, 3)
-
-
-def net():
-    layers = []
-    for size, out in itertools.pairwise(WIDTHS):
-        layers += [nn.Linear(size, out), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def batches(number, size=12):
-    return [(torch.randn(size, 6), torch.randint(3, (size,))) for _ in range(number)]
-
-
-def step(model, optimizer, batch):
-    model.zero_grad()
-    cross_entropy(model(batch[0]), batch[1]).backward()
-    optimizer.step()
 
 
 def make(model, **options):
@@ -68,7 +50,7 @@ def equal(a, b):
 @pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
 @pytest.mark.parametrize(("every", "staleness"), [(4, 1), (4, 3), (4, 4), (1, 1)])
 def test_inverses_are_those_of_the_factors_so_many_steps_ago(kind, every, staleness):
-    model, data = net(), batches(14)
+    model, data = net(WIDTHS), batches(14)
     options = {"lr": 0.05} if kind is KFAC else {}
     refresh = Refresh(every=every, background=staleness)
     optimizer = kind(
@@ -162,7 +144,7 @@ def by_hand(optimizer, staleness):
     ],
 )
 def test_as_a_refresh_at_once_that_comes_in_later_by_hand(refresh, options):
-    model, data = net(), batches(16)
+    model, data = net(WIDTHS), batches(16)
     twin, third = copy.deepcopy(model), copy.deepcopy(model)
     plain = Refresh(**{**vars(refresh), "background": None})
     ours = make(model, invert_every=refresh, **options)
@@ -190,7 +172,7 @@ def test_as_a_refresh_at_once_that_comes_in_later_by_hand(refresh, options):
 @pytest.mark.parametrize("corrected", [False, True])
 def test_scales_of_ekfac_that_were_none_when_it_began(corrected):
     """They become eigenvalues; or, where they were corrected since, those are rotated."""
-    model, [(x, y), *_] = net(), batches(1)
+    model, [(x, y), *_] = net(WIDTHS), batches(1)
     optimizer = make(model, invert_every=100, approx="ekfac", lr=0.0)
     step(model, optimizer, (x, y))
     estimator = optimizer.estimator
@@ -229,7 +211,7 @@ def slowed(monkeypatch):
 
 
 def test_a_slow_thread_and_a_fast_one_come_to_the_same(monkeypatch):
-    model, data, ends = net(), batches(9), []
+    model, data, ends = net(WIDTHS), batches(9), []
     for slow in (False, True):
         twin = copy.deepcopy(model)
         optimizer = make(twin, invert_every=Refresh(every=3, background=2))
@@ -246,7 +228,7 @@ def test_a_slow_thread_and_a_fast_one_come_to_the_same(monkeypatch):
 
 def test_training_goes_on_while_the_thread_works(monkeypatch):
     """Of a thread that is stopped nothing is seen before its results are due."""
-    model, data = net(), batches(6)
+    model, data = net(WIDTHS), batches(6)
     optimizer = make(model, invert_every=Refresh(every=3, background=3))
     gate = slowed(monkeypatch)
     for batch in data[:4]:
@@ -269,7 +251,7 @@ def test_training_goes_on_while_the_thread_works(monkeypatch):
 def test_what_is_due_again_waits_for_what_is_under_way():
     """A λ that adapts at each step refreshes whenever the last refresh has come in."""
     rule = LevenbergMarquardt(initial=1.0, decay=0.5, interval=1)
-    model, (x, y) = net(), batches(1)[0]
+    model, (x, y) = net(WIDTHS), batches(1)[0]
     optimizer = make(model, damping=rule, invert_every=Refresh(every=5, background=3))
     changed, before, dampings = [], {}, []
 
@@ -292,7 +274,7 @@ def test_what_is_due_again_waits_for_what_is_under_way():
 
 
 def test_a_step_that_is_left_out_puts_the_swap_off():
-    model, data = net(), batches(8)
+    model, data = net(WIDTHS), batches(8)
     optimizer = make(model, invert_every=Refresh(every=3, background=2))
     data[5] = (torch.full_like(data[5][0], torch.nan), data[5][1])
     ages = []
@@ -305,7 +287,7 @@ def test_a_step_that_is_left_out_puts_the_swap_off():
 
 
 def test_an_update_by_hand_takes_the_place_of_what_is_under_way():
-    model, data = net(), batches(8)
+    model, data = net(WIDTHS), batches(8)
     optimizer = make(model, invert_every=Refresh(every=4, background=4))
     for batch in data[:5]:
         step(model, optimizer, batch)
@@ -325,7 +307,7 @@ def test_an_update_by_hand_takes_the_place_of_what_is_under_way():
 
 def test_the_global_generator_and_the_grad_mode_do_not_matter():
     """The thread has a grad mode of its own; moments that need gradients do no harm."""
-    model, data = net(), batches(6)
+    model, data = net(WIDTHS), batches(6)
     optimizer = make(model, invert_every=Refresh(every=3, background=1))
     with torch.enable_grad():
         for batch in data:
@@ -353,7 +335,7 @@ def singular(monkeypatch, names, threads_only=True):
 
 @pytest.mark.parametrize("approx", ["kron", "ekfac"])
 def test_a_failure_in_the_thread_keeps_the_last_good_inverse(monkeypatch, caplog, approx):
-    model, data = net(), batches(8)
+    model, data = net(WIDTHS), batches(8)
     optimizer = make(model, invert_every=Refresh(every=3, background=2), approx=approx)
     block = optimizer.estimator.blocks["2"]
     factor = block.factors[-1]
@@ -376,7 +358,7 @@ def test_a_failure_in_the_thread_keeps_the_last_good_inverse(monkeypatch, caplog
 
 def test_what_may_be_an_error_is_refreshed_at_once(monkeypatch):
     """After too many failures in the thread the next one is raised by the step."""
-    model, data = net(), batches(20)
+    model, data = net(WIDTHS), batches(20)
     optimizer = make(model, invert_every=Refresh(every=2, background=2))
     for batch in data[:3]:
         step(model, optimizer, batch)
@@ -398,7 +380,7 @@ def test_what_may_be_an_error_is_refreshed_at_once(monkeypatch):
 
 
 def test_a_nan_that_was_written_is_kept_out_of_the_inverse():
-    model, data = net(), batches(6)
+    model, data = net(WIDTHS), batches(6)
     optimizer = make(model, invert_every=Refresh(every=3, background=2))
     for batch in data[:3]:
         step(model, optimizer, batch)
@@ -412,7 +394,7 @@ def test_a_nan_that_was_written_is_kept_out_of_the_inverse():
 
 
 def test_rescues_in_the_thread_are_counted_when_they_come_in():
-    model, data = net(), batches(6, size=2)
+    model, data = net(WIDTHS), batches(6, size=2)
     options = {"damping": 1e-16, "lr": 1e-8, "cov_ema_decay": 0.0}
     optimizer = make(model, invert_every=Refresh(every=3, background=2), **options)
     seen = []
@@ -429,7 +411,7 @@ class Stopped(Exception):
 
 
 def test_another_error_of_the_thread_is_raised_by_the_step(monkeypatch):
-    model, data = net(), batches(6)
+    model, data = net(WIDTHS), batches(6)
     optimizer = make(model, invert_every=Refresh(every=3, background=2))
     for batch in data[:3]:
         step(model, optimizer, batch)
@@ -468,7 +450,7 @@ CASES = [
 
 @pytest.mark.parametrize(("refresh", "options"), CASES)
 def test_resumed_at_every_step_bit_for_bit(refresh, options):
-    data, start = batches(20), net()
+    data, start = batches(20), net(WIDTHS)
     model = copy.deepcopy(start)
     optimizer = make(model, invert_every=refresh, **options)
     states, ends, under_way = [], [], 0
@@ -496,7 +478,7 @@ def test_resumed_at_every_step_bit_for_bit(refresh, options):
 
 
 def test_a_preconditioner_resumed_at_every_step_bit_for_bit():
-    data, start = batches(20), net()
+    data, start = batches(20), net(WIDTHS)
     refresh = Refresh(every=4, background=3)
     model = copy.deepcopy(start)
 
@@ -529,7 +511,7 @@ def test_a_preconditioner_resumed_at_every_step_bit_for_bit():
 
 
 def test_a_state_is_no_wait_and_of_the_copies(monkeypatch):
-    model, data = net(), batches(6)
+    model, data = net(WIDTHS), batches(6)
     optimizer = make(model, invert_every=Refresh(every=3, background=3))
     gate = slowed(monkeypatch)
     for batch in data[:4]:
@@ -546,7 +528,7 @@ def test_a_state_is_no_wait_and_of_the_copies(monkeypatch):
 
 
 def test_loading_forgets_what_is_under_way():
-    model, data = net(), batches(6)
+    model, data = net(WIDTHS), batches(6)
     optimizer = make(model, invert_every=Refresh(every=3, background=3))
     for batch in data[:3]:
         step(model, optimizer, batch)
@@ -564,7 +546,7 @@ def test_loading_forgets_what_is_under_way():
 
 
 def test_a_load_that_fails_leaves_what_is_under_way():
-    model, data = net(), batches(8)
+    model, data = net(WIDTHS), batches(8)
     optimizer = make(model, invert_every=Refresh(every=4, background=3))
     twin = copy.deepcopy(model)
     other = make(twin, invert_every=Refresh(every=4, background=3))
@@ -592,7 +574,7 @@ def threads():
 
 
 def test_one_thread_that_close_ends_and_nothing_is_lost():
-    model, data = net(), batches(8)
+    model, data = net(WIDTHS), batches(8)
     optimizer = make(model, invert_every=Refresh(every=3, background=3, staggered=True))
     twin = copy.deepcopy(model)
     other = make(twin, invert_every=Refresh(every=3, background=3, staggered=True))
@@ -613,7 +595,7 @@ def test_one_thread_that_close_ends_and_nothing_is_lost():
 
 
 def test_release_leaves_the_collection_to_another():
-    model, data = net(), batches(5)
+    model, data = net(WIDTHS), batches(5)
     optimizer = make(model, invert_every=Refresh(every=3, background=3))
     for batch in data:
         step(model, optimizer, batch)
@@ -626,7 +608,7 @@ def test_release_leaves_the_collection_to_another():
 
 
 def test_a_deep_copy_has_what_was_found_and_a_thread_of_its_own():
-    model, data = net(), batches(8)
+    model, data = net(WIDTHS), batches(8)
     preconditioner = KFACPreconditioner(
         model, "categorical", damping=0.1, invert_every=Refresh(every=3, background=2)
     )
@@ -651,7 +633,7 @@ def test_a_deep_copy_has_what_was_found_and_a_thread_of_its_own():
 
 
 def test_off_there_is_no_thread_and_nothing_in_the_state():
-    model, data = net(), batches(5)
+    model, data = net(WIDTHS), batches(5)
     optimizer = make(model, invert_every=Refresh(every=2))
     for batch in data:
         step(model, optimizer, batch)
@@ -682,7 +664,7 @@ def test_errors(options, message):
 
 @pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
 def test_elsewhere_than_on_the_cpu(kind):
-    model = net().to("meta")
+    model = net(WIDTHS).to("meta")
     with pytest.raises(NotImplementedError, match=r"on the CPU.*got layers on meta"):
         kind(model, "categorical", invert_every=Refresh(every=5, background=2))
     assert not model._forward_hooks

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from dense_fisher import dense_fisher
+from refresh_cases import Tokens, batches, net, step
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -15,23 +16,6 @@ from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_torch.refresh_schedule import RefreshPlan, as_refresh
 
 WIDTHS = (6, 9, 5, 8, 7, 4, 3)
-
-
-def net():
-    layers = []
-    for size, out in itertools.pairwise(WIDTHS):
-        layers += [nn.Linear(size, out), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def batches(number, size=12):
-    return [(torch.randn(size, 6), torch.randint(3, (size,))) for _ in range(number)]
-
-
-def step(model, optimizer, batch):
-    optimizer.zero_grad()
-    cross_entropy(model(batch[0]), batch[1]).backward()
-    optimizer.step()
 
 
 def make(model, **options):
@@ -142,7 +126,7 @@ def test_neither_a_number_nor_a_refresh(given):
     ],
 )
 def test_the_first_steps_refresh_all(options, early):
-    model = net()
+    model = net(WIDTHS)
     optimizer = make(model, **options)
     names = list(optimizer.estimator.blocks)
     changed = refreshed(optimizer, model, batches(12))
@@ -151,7 +135,7 @@ def test_the_first_steps_refresh_all(options, early):
 
 
 def test_staggered_refreshes_are_spread_after_the_first_three():
-    model, every = net(), 4
+    model, every = net(WIDTHS), 4
     optimizer = make(model, invert_every=Refresh(every=every, staggered=True, early=3))
     plan, names = optimizer._schedule.plan, list(optimizer.estimator.blocks)
     changed = refreshed(optimizer, model, batches(12))
@@ -167,7 +151,7 @@ def test_staggered_refreshes_are_spread_after_the_first_three():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
 def test_a_staggered_inverse_is_that_of_its_factors_at_its_turn(kind):
-    model, data = net(), batches(9)
+    model, data = net(WIDTHS), batches(9)
     options = {"lr": 0.05} if kind is KFAC else {}
     refresh = Refresh(every=3, staggered=True)
     optimizer = kind(model, "categorical", damping=0.1, invert_every=refresh, **options)
@@ -188,7 +172,7 @@ def test_a_staggered_inverse_is_that_of_its_factors_at_its_turn(kind):
 
 
 def test_with_an_interval_of_one_staggered_is_the_same():
-    model = net()
+    model = net(WIDTHS)
     twin, data = copy.deepcopy(model), batches(6)
     optimizers = [
         make(model, invert_every=1),
@@ -201,7 +185,7 @@ def test_with_an_interval_of_one_staggered_is_the_same():
 
 
 def test_a_plain_refresh_is_its_number():
-    model = net()
+    model = net(WIDTHS)
     state = make(model, invert_every=Refresh(every=3)).state_dict()
     assert state["kfac"]["subject"]["options"]["invert_every"] == 3
     other = make(copy.deepcopy(model), invert_every=3)
@@ -217,7 +201,7 @@ def test_a_new_damping_waits_for_its_turn_staggered_alone():
     rule = LevenbergMarquardt(initial=1.0, decay=0.5, interval=1)
     for staggered in (False, True):
         torch.manual_seed(0)
-        model = net()
+        model = net(WIDTHS)
         refresh = Refresh(every=4, staggered=staggered, early=3)
         optimizer = make(model, damping=rule, invert_every=refresh)
         names = list(optimizer.estimator.blocks)
@@ -250,7 +234,7 @@ def test_a_new_damping_waits_for_its_turn_staggered_alone():
 
 
 def test_what_was_due_at_a_step_left_out_is_due_at_the_next():
-    model = net()
+    model = net(WIDTHS)
     optimizer = make(model, invert_every=Refresh(every=3, staggered=True, early=3))
     data = batches(6)
     data[4] = (torch.full_like(data[4][0], torch.nan), data[4][1])
@@ -288,7 +272,7 @@ def test_a_layer_that_is_called_late_is_refreshed_at_once():
 
 
 def test_some_layers_alone():
-    model = net()
+    model = net(WIDTHS)
     optimizer = make(model, invert_every=Refresh(every=100, early=3))
     for batch in batches(4):
         step(model, optimizer, batch)
@@ -306,7 +290,7 @@ def test_some_layers_alone():
 
 
 def test_bases_are_decomposed_every_so_many_refreshes():
-    model = net()
+    model = net(WIDTHS)
     refresh = Refresh(every=2, basis_every=3)
     optimizer = make(
         model,
@@ -324,7 +308,7 @@ def test_bases_are_decomposed_every_so_many_refreshes():
 
 
 def test_between_decompositions_scales_and_damping_act_at_once():
-    model = net()
+    model = net(WIDTHS)
     optimizer = make(
         model, invert_every=Refresh(every=1, basis_every=50, early=3), approx="ekfac"
     )
@@ -346,7 +330,7 @@ def test_between_decompositions_scales_and_damping_act_at_once():
 
 
 def test_a_damping_that_adapts_leaves_rare_bases_alone():
-    model = net()
+    model = net(WIDTHS)
     rule = LevenbergMarquardt(initial=1.0, decay=0.5, interval=1)
     refresh = Refresh(every=1, basis_every=50, early=3)
     optimizer = make(model, damping=rule, invert_every=refresh, approx="ekfac")
@@ -371,7 +355,7 @@ def test_a_basis_is_kept_while_it_is_near():
     changes = {}
     for tolerance in (None, 1e-6, 10.0):
         torch.manual_seed(0)
-        model = net()
+        model = net(WIDTHS)
         refresh = Refresh(every=1, basis_tolerance=tolerance)
         optimizer = make(model, invert_every=refresh, approx="ekfac")
         changed = refreshed(optimizer, model, batches(8))
@@ -429,7 +413,7 @@ def test_resumed_bit_for_bit(refresh):
         "damping": LevenbergMarquardt(initial=0.3, decay=0.8, interval=2),
         "lr": 0.05,
     }
-    data, start = batches(9), net()
+    data, start = batches(9), net(WIDTHS)
     model = copy.deepcopy(start)
     optimizer = KFAC(model, "categorical", **options)
     states, ends = [], []
@@ -451,7 +435,7 @@ def test_resumed_bit_for_bit(refresh):
 
 
 def test_a_state_without_what_is_due_loads():
-    model = net()
+    model = net(WIDTHS)
     optimizer = make(model, invert_every=Refresh(every=3, staggered=True, early=3))
     step(model, optimizer, batches(1)[0])
     state = optimizer.state_dict()
@@ -461,19 +445,6 @@ def test_a_state_without_what_is_due_loads():
 
 
 # How near to the Fisher.
-
-
-class Tokens(nn.Module):
-    """Several positions of an example, with one loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 5)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        x = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return self.head(x.mean(1))
 
 
 @pytest.mark.usefixtures("float64")

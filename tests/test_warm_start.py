@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from dense_fisher import dense_fisher
-from torch import nn
+from refresh_cases import Tokens
 from torch.nn.functional import cross_entropy
 
 from kfac_torch import KFAC, Refresh
@@ -105,19 +105,6 @@ def test_in_float32():
 
 
 # Inside an optimizer.
-
-
-class Tokens(nn.Module):
-    """Several positions of an example, with one loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 5)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        x = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return self.head(x.mean(1))
 
 
 def make(model, refresh, **options):
