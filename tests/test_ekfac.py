@@ -432,6 +432,18 @@ def test_scales_that_are_those_of_kfac_stay_so_in_a_new_basis(groups):
     close(block.full_fisher_block(), kfac_block(block))
 
 
+@float64
+def test_rounding_errors_of_a_singular_factor_are_no_ratio():
+    """From refresh to refresh their ratios would multiply."""
+    s, r = torch.tensor([0.0, 3e-17, 1.0]), torch.tensor([1e-17, 0.0, 1.0])
+    moved = eigen_scales.carrying(torch.eye(3), s, torch.eye(3), r)
+    torch.testing.assert_close(moved, torch.eye(3), rtol=0, atol=0.2)
+    zero = torch.zeros(3)
+    assert torch.equal(
+        eigen_scales.carrying(torch.eye(3), zero, torch.eye(3), zero), torch.eye(3)
+    )
+
+
 def kron_of_bases(scales):
     pairs = zip(*map(stack, scales.basis), strict=True)
     return torch.block_diag(*(torch.kron(*pair) for pair in pairs))

@@ -31,7 +31,8 @@ and `s_G'` are of. `R_A S R_Gᵀ` is the diagonal, in the new basis, of the matr
 in the old. The squares of a rotation are doubly stochastic, so by itself it would even the
 scales out from refresh to refresh, in a basis that wanders; over the same of K-FAC's own it
 is what was learned beside K-FAC, and that is kept. Scales stay non-negative, an unchanged
-basis leaves them as they are, and scales that are K-FAC's become K-FAC's.
+basis leaves them as they are, and scales that are K-FAC's become K-FAC's. Diagonals count
+as no less than their rounding errors, `ε tr A` and `ε tr G`, in these ratios.
 
 A basis in which its factor is still near enough to diagonal may be kept (`tolerance`): a
 product says how near it is, where a decomposition is the work of six or more. One that is
@@ -389,9 +390,10 @@ def carrying(Q_new: Tensor, s: Tensor, Q: Tensor, r: Tensor) -> Tensor:
     tensor([3., 1.])
     """
     R = _squared_rotation(Q_new, Q)
-    evened = _diagonal_moved(R, r)
-    # Where a factor has nothing, neither have the scales.
-    ratio = torch.where(evened > 0, s / torch.where(evened > 0, evened, 1), 1)
+    # What is below is rounding error in both, whose ratios would pile up.
+    floor = torch.finfo(s.dtype).eps * s.sum(-1, keepdim=True)
+    evened = _diagonal_moved(R, r) + floor
+    ratio = torch.where(floor > 0, (s + floor) / torch.where(floor > 0, evened, 1), 1)
     return ratio.unsqueeze(-1) * R
 
 
