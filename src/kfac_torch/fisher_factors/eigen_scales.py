@@ -18,7 +18,7 @@ Damping is K-FAC's, with the eigenvalues corrected: with π of `s_A`, `s_G` and 
 
 So where `S = s_A s_Gᵀ` it is K-FAC's damped block, and λ = 0 leaves `S`. George et al. have
 `S + λ`, which holds back far less the directions in which one side is large and the other
-small; with it steps to a target are a fifth and a quarter more (`docs/benchmarks.md`).
+small; with it runs took a fifth to a quarter more steps (`docs/benchmarks.md`).
 
 The basis, `s_A` and `s_G` (the diagonals of the factors in it) move at a refresh alone, the
 scales at every update. Before the first update in a basis they are `s_A s_Gᵀ`, K-FAC's own.
