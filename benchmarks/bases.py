@@ -33,7 +33,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import cross_entropy
 
 from kfac_torch import KFACPreconditioner, Refresh
-from kfac_torch.linalg import off_diagonal_share, orthogonal_iteration
+from kfac_torch.linalg import diagonal_in_basis, orthogonal_iteration
 
 SIZES = (256, 512, 1024, 2048)
 EVERY, DECAY, STEPS = 10, 0.95, 200
@@ -66,7 +66,7 @@ def times(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
         for _ in range(rounds):
             found["eigh"].append(seconds(lambda C=C: torch.linalg.eigh(C)))
             found["step"].append(seconds(lambda C=C, Q=Q: orthogonal_iteration(C, Q)))
-            found["product"].append(seconds(lambda C=C, Q=Q: off_diagonal_share(C, Q)))
+            found["product"].append(seconds(lambda C=C, Q=Q: diagonal_in_basis(C, Q)))
         result[str(n)] = {name: spread(values) for name, values in found.items()}
     return result
 

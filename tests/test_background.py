@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from kfac_torch import KFAC, KFACPreconditioner, LevenbergMarquardt, Refresh
 from kfac_torch.fisher_factors import refreshing
 from kfac_torch.fisher_factors.background import BackgroundRefreshes
+from kfac_torch.fisher_factors.eigen_scales import carrying
 from kfac_torch.layer_choice import Layers
+from kfac_torch.linalg import diagonal_in_basis
 from kfac_torch.size_limit import SizeLimit
 
 WIDTHS = (6, 9, 5, 8, 3)
@@ -26,7 +28,7 @@ def make(model, **options):
 def stored(factor):
     """What a refresh of a factor writes."""
     if hasattr(factor, "basis"):
-        return list(factor.basis)
+        return [*factor.basis, *factor.diagonals]
     return [tensor for power in factor._powers.values() for tensor in power.tensors]
 
 
@@ -83,26 +85,37 @@ def test_inverses_are_those_of_the_factors_so_many_steps_ago(kind, every, stalen
     optimizer.close()
 
 
+def moved(factors, old, new):
+    """From the old basis of EKFAC to the new one, by the factors of now."""
+    if len(factors) < 3:
+        return []
+    return [
+        carrying(
+            new[i], new[2 + i], old[i], diagonal_in_basis(factors[i].get_cov(), old[i])
+        )
+        for i in (0, 1)
+    ]
+
+
 def by_hand(optimizer, staleness):
     """Refresh at once, and let it come in later: what a thread has to come to."""
     schedule, waiting = optimizer._schedule, []
     estimator, at_once = optimizer.estimator, optimizer._update_inverses
 
-    def write(name, tensors):
+    def write(name, tensors, moves):
         factors = estimator.blocks[name].factors
         old = [t for f in factors for t in stored(f)]
-        if len(factors) == 3:  # EKFAC's scales follow
-            scales = factors[2]
-            rotation = scales._rotation(*tensors[-2:])
-            scales.get_cov_var().copy_(scales._rotated(*rotation))
+        if moves:  # EKFAC's scales follow
+            S = factors[2].get_cov_var()
+            S.copy_(moves[0] @ S @ moves[1].mT)
         for tensor, new in zip(old, tensors, strict=True):
             tensor.copy_(new)
 
     def update():
         now = schedule.num_steps
-        for due, name, tensors in [w for w in waiting if w[0] == now]:
-            write(name, tensors)
-            waiting.remove((due, name, tensors))
+        for item in [w for w in waiting if w[0] == now]:
+            write(*item[1:])
+            waiting.remove(item)
         if now < 3:
             at_once()
             return
@@ -121,7 +134,9 @@ def by_hand(optimizer, staleness):
                 estimator.blocks[name].factors, scales[name], strict=True
             ):
                 factor.get_cov_var().copy_(old)
-        waiting.extend((now + staleness, name, found[name]) for name in names)
+        for name in names:
+            moves = moved(estimator.blocks[name].factors, before[name], found[name])
+            waiting.append((now + staleness, name, found[name], moves))
 
     optimizer._update_inverses = update
 
@@ -171,7 +186,7 @@ def test_as_a_refresh_at_once_that_comes_in_later_by_hand(refresh, options):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("corrected", [False, True])
 def test_scales_of_ekfac_that_were_none_when_it_began(corrected):
-    """They become eigenvalues; or, where they were corrected since, those are rotated."""
+    """They become eigenvalues; or, where they were corrected since, are carried over."""
     model, [(x, y), *_] = net(WIDTHS), batches(1)
     optimizer = make(model, invert_every=100, approx="ekfac", lr=0.0)
     step(model, optimizer, (x, y))
@@ -191,7 +206,10 @@ def test_scales_of_ekfac_that_were_none_when_it_began(corrected):
     Q_A, Q_G = scales.basis
     assert not torch.equal(Q_A, old_A)
     if corrected:
-        S = (Q_A.mT @ old_A) ** 2 @ S @ ((Q_G.mT @ old_G) ** 2).mT
+        for Q, old, side in ((Q_A, old_A, A), (Q_G, old_G, G)):
+            R, C = (Q.mT @ old) ** 2, side.get_cov()
+            evened = R @ (old.mT @ C @ old).diagonal()
+            S = (((Q.mT @ C @ Q).diagonal() / evened).unsqueeze(1) * R @ S).mT
     torch.testing.assert_close(scales.get_cov_var(), S)
     optimizer.close()
 

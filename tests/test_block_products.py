@@ -408,14 +408,20 @@ def corrected(block):
 def damped(block):
     """`F_λ`, dense over the row-major entries of V: λ split by π, of each group."""
     T = block.num_locations
-    if len(block.factors) == 3:
-        C = corrected(block)
-        return T * C + DAMPING * torch.eye(len(C))
+    if len(block.factors) == 3:  # λ adds to it what it adds to K-FAC's
+        A, G, _ = block.factors
+        K = torch.block_diag(*map(torch.kron, *map(matrices, (A.get_cov(), G.get_cov()))))
+        return T * (corrected(block) - K) + damped_product(block, (A, G))
     if not isinstance(block, KroneckerProductFB):
         C = block.factors[0].get_cov()
         return T * C + DAMPING * torch.eye(len(C))
+    return damped_product(block, block.factors)
+
+
+def damped_product(block, sides):
+    T = block.num_locations
     products, root = [], (DAMPING / T) ** 0.5
-    covs = [matrices(factor.get_cov()) for factor in block.factors]
+    covs = [matrices(factor.get_cov()) for factor in sides]
     for A, G in zip(*covs, strict=True):
         pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
         left = A + pi * root * torch.eye(len(A))

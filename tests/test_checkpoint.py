@@ -297,7 +297,7 @@ def damages():
         "no groups": (lambda state: state["param_groups"].clear(), "damaged: KeyError"),
         "version 3": (
             lambda state: state["kfac"].update(version=3),
-            "expected K-FAC state of version 5, got version 3",
+            "expected K-FAC state of version 6, got version 3",
         ),
     }  # fmt: skip
 

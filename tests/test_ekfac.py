@@ -215,6 +215,18 @@ def kfac_block(block):
     return KroneckerProductFB.full_fisher_block(block)
 
 
+def added_to_kfac(block, damping):
+    """`T (A + π√(λ/T)) ⊗ (G + √(λ/T)/π) − T A ⊗ G`, of every group."""
+    A, G, _ = block.factors
+    T, added = block.num_locations, []
+    for a, g in zip(stack(A.get_cov()), stack(G.get_cov()), strict=True):
+        pi = (a.diagonal().mean() / g.diagonal().mean()).sqrt()
+        root = (damping / T) ** 0.5
+        damped = a + pi * root * torch.eye(len(a)), g + root / pi * torch.eye(len(g))
+        added.append(T * (torch.kron(*damped) - torch.kron(a, g)))
+    return torch.block_diag(*added)
+
+
 # The block.
 
 
@@ -239,7 +251,7 @@ def test_the_nearest_matrix_with_the_eigenvectors_of_kfac(name):
 
 @float64
 def test_the_formula_for_one_position_by_hand():
-    """`S = (a Q_A)²ᵀ (s Q_G)²/N`, and products with any power."""
+    """`S = (a Q_A)²ᵀ (s Q_G)²/N`, its damping, and products with any power."""
     block = fb.FullyConnectedEKFACFB(nn.Linear(3, 2), "layer")
     block.instantiate_factors(0.2)
     a, s = torch.randn(6, 3), torch.randn(6, 2)
@@ -247,13 +259,16 @@ def test_the_formula_for_one_position_by_hand():
         block.accumulate(block.moments([a], [[s]], 6), 0.0)
         refresh_inverses(block.factors)
     a = torch.cat([a, torch.ones(6, 1)], 1)
-    _, Q_A = torch.linalg.eigh(a.T @ a / 6)
-    _, Q_G = torch.linalg.eigh(s.T @ s / 6)
+    s_A, Q_A = torch.linalg.eigh(a.T @ a / 6)
+    s_G, Q_G = torch.linalg.eigh(s.T @ s / 6)
     S = ((a @ Q_A) ** 2).T @ (s @ Q_G) ** 2 / 6
+    pi = (s_A.mean() / s_G.mean()).sqrt()
+    x, y = pi * 0.2**0.5, 0.2**0.5 / pi
+    S_damped = S + torch.outer(s_A + x, s_G + y) - torch.outer(s_A, s_G)
     Q = torch.kron(Q_A, Q_G)
     V = torch.randn(4, 2)
     for exp in (-1, -0.5, 0.3, 1, 2):
-        dense = (Q * (S.flatten() + 0.2) ** exp) @ Q.T
+        dense = (Q * S_damped.flatten() ** exp) @ Q.T
         close(block.multiply_matpower(V, exp), (dense @ V.flatten()).view(4, 2))
     close(block.full_fisher_block(), (Q * S.flatten()) @ Q.T)
 
@@ -346,7 +361,7 @@ def test_kfac_until_there_is_a_basis():
     for block in layers.get_blocks():
         K = kfac_block(block)
         V = torch.randn(block.factors[2].get_cov_var().shape)
-        expected = (K @ V.flatten()).view(V.shape) + 0.3 * V
+        expected = ((K + added_to_kfac(block, 0.3)) @ V.flatten()).view(V.shape)
         close(block.full_fisher_block(), K)
         close(block.trace(), K.trace())
         close(block.multiply(V), expected)
@@ -389,18 +404,57 @@ def test_a_new_basis_carries_the_scales_over(groups):
     refresh_inverses(block.factors)  # of the same statistics
     close(block.full_fisher_block(), before)
     scales = block.factors[2]
-    for side in block.factors[:2]:  # new statistics, but no new scales
+    old = kron_of_bases(scales)
+    move_the_factors(block)
+    refresh_inverses(block.factors)
+    Q, K = eigenbasis(block), kfac_block(block)
+    assert (Q.T @ old).abs().amax(1).min() < 0.9
+    # The diagonal of the old block in the new basis, beside that of K-FAC's.
+    evened = (old * (old.T @ K @ old).diagonal()) @ old.T
+    ratio = (Q.T @ before @ Q).diagonal() / (Q.T @ evened @ Q).diagonal()
+    close(block.full_fisher_block(), (Q * ratio * (Q.T @ K @ Q).diagonal()) @ Q.T)
+    assert scales.get_cov_var().min() >= 0
+
+
+@float64
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scales_that_are_those_of_kfac_stay_so_in_a_new_basis(groups):
+    block = ready(groups)
+    scales = block.factors[2]
+    move_the_factors(block)
+    diagonals = [
+        (Q.mT @ side.get_cov() @ Q).diagonal(dim1=-2, dim2=-1)
+        for Q, side in zip(scales.basis, block.factors[:2], strict=True)
+    ]
+    scales.get_cov_var().copy_(diagonals[0].unsqueeze(-1) * diagonals[1].unsqueeze(-2))
+    assert (block.full_fisher_block() - kfac_block(block)).norm() > 0.1
+    refresh_inverses(block.factors)
+    close(block.full_fisher_block(), kfac_block(block))
+
+
+@float64
+def test_rounding_errors_of_a_singular_factor_are_no_ratio():
+    """From refresh to refresh their ratios would multiply."""
+    s, r = torch.tensor([0.0, 3e-17, 1.0]), torch.tensor([1e-17, 0.0, 1.0])
+    moved = eigen_scales.carrying(torch.eye(3), s, torch.eye(3), r)
+    torch.testing.assert_close(moved, torch.eye(3), rtol=0, atol=0.2)
+    zero = torch.zeros(3)
+    assert torch.equal(
+        eigen_scales.carrying(torch.eye(3), zero, torch.eye(3), zero), torch.eye(3)
+    )
+
+
+def kron_of_bases(scales):
+    pairs = zip(*map(stack, scales.basis), strict=True)
+    return torch.block_diag(*(torch.kron(*pair) for pair in pairs))
+
+
+def move_the_factors(block):
+    """New statistics, but no new scales."""
+    for side in block.factors[:2]:
         cov = side.get_cov_var()
         side.accumulate(torch.randn_like(cov) @ torch.randn_like(cov).mT, 0.5)
         cov.copy_(cov @ cov.mT)
-    old = stack(scales.basis[0]).clone()
-    refresh_inverses(block.factors)
-    assert (stack(scales.basis[0]) - old).abs().max() > 0.1
-    Q = eigenbasis(block)
-    # The diagonal of the old block in the new basis.
-    close(block.full_fisher_block(), (Q * (Q.T @ before @ Q).diagonal()) @ Q.T)
-    close(block.full_fisher_block().trace(), before.trace())
-    assert scales.get_cov_var().min() >= 0
 
 
 def test_the_basis_of_a_layer_whose_units_died():
@@ -417,7 +471,11 @@ def test_the_basis_of_a_layer_whose_units_died():
         Q = block.scales.basis[1]
         torch.testing.assert_close(Q.mT @ Q, torch.eye(4))
     V = torch.cat([torch.zeros(4, 2), torch.randn(4, 2)], 1)
-    torch.testing.assert_close(block.multiply_inverse(V), V / 0.1)
+    A, _, scales = block.factors
+    s_A, s_G = scales.diagonals
+    y = (0.1 * s_G.mean() / s_A.mean()).sqrt()
+    dead = y * A.get_cov() + 0.1 * torch.eye(4)
+    torch.testing.assert_close(block.multiply_inverse(V), torch.linalg.solve(dead, V))
 
 
 @float64
@@ -517,6 +575,7 @@ def test_the_identity_as_initial_value():
 @float64
 @pytest.mark.parametrize("name", ["mlp", "two convolutions", "conv 2d, groups"])
 def test_a_new_damping_acts_at_once(name):
+    """It adds to the block what it adds to K-FAC's."""
     model, x, layers = registered(name)
     damping = [0.3]
     gathered(model, x, layers, damping=lambda: damping[0])
@@ -524,10 +583,33 @@ def test_a_new_damping_acts_at_once(name):
         V = torch.randn(block.factors[2].get_cov_var().shape)
         F = block.full_fisher_block()
         for damping[0] in (0.3, 0.01, 5.0):
-            damped = F + damping[0] * torch.eye(len(F))
+            damped = F + added_to_kfac(block, damping[0])
             solved = torch.linalg.solve(damped, V.flatten()).view(V.shape)
             close(block.multiply_inverse(V), solved, 1e-9)
             close(block.multiply(V), (damped @ V.flatten()).view(V.shape))
+
+
+@float64
+@pytest.mark.parametrize("name", ["mlp", "conv 2d, groups"])
+def test_with_the_scales_of_kfac_it_is_the_block_of_kfac(name):
+    """Damped too: before the first update in a basis scales are `s_A s_Gᵀ`."""
+    found = []
+    for approx in ("ekfac", "kron"):
+        model, x, layers = registered(name, approx)
+        estimator = FisherEstimator(None, 0.9, 0.3, layers, estimation_mode="exact")
+        model(x)
+        estimator.update_covariances()
+        estimator.update_inverses()
+        torch.manual_seed(2)
+        blocks = list(layers.get_blocks())
+        vectors = [
+            torch.randn(*b.factors[0].get_cov().shape[:-1], b.factors[1].cov_dim)
+            for b in blocks
+        ]
+        found.append([b.multiply_inverse(V) for b, V in zip(blocks, vectors, strict=True)])
+        estimator.close()
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs, 1e-9)
 
 
 @float64

@@ -914,7 +914,7 @@ def test_state_of_another_model_is_refused_and_leaves_all_as_it_was():
     with pytest.raises(ValueError, match=r"(?s)missing.*: 0, 3\n.*unknown.*: 1$"):
         optimizer.load_state_dict(foreign.state_dict())
     with pytest.raises(
-        ValueError, match="expected K-FAC state of version 5, got no K-FAC state"
+        ValueError, match="expected K-FAC state of version 6, got no K-FAC state"
     ):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
     after = optimizer.state_dict()

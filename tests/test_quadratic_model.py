@@ -697,7 +697,7 @@ def test_state_of_an_older_version_is_refused():
     state = optimizer.state_dict()
     state["kfac"]["version"] = 1
     with pytest.raises(
-        ValueError, match="expected K-FAC state of version 5, got version 1"
+        ValueError, match="expected K-FAC state of version 6, got version 1"
     ):
         optimizer.load_state_dict(state)
 

@@ -366,6 +366,30 @@ def test_a_basis_is_kept_while_it_is_near():
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_diagonals_in_a_basis_that_is_kept_are_those_of_now():
+    model = nn.Linear(3, 4)
+    refresh = Refresh(every=1, basis_tolerance=10.0)
+    optimizer = KFAC(
+        model, "categorical", lr=0.0, damping=0.1, invert_every=refresh, approx="ekfac"
+    )
+    x, y = torch.randn(50, 3), torch.randint(4, (50,))
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    block = next(iter(optimizer.estimator.blocks.values()))
+    A, G, scales = block.factors
+    S, basis = scales.get_cov_var().clone(), stored(block)
+    A.get_cov_var().mul_(2).add_(torch.ones(4, 4))
+    optimizer.estimator.update_inverses()
+    assert all(map(torch.equal, basis, stored(block)))
+    assert torch.equal(scales.get_cov_var(), S)
+    for side, Q, s in zip((A, G), basis, scales.diagonals, strict=True):
+        torch.testing.assert_close(s, (Q.mT @ side.get_cov() @ Q).diagonal())
+    optimizer.close()
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_kept_side_beside_one_that_is_decomposed():
     model = nn.Linear(3, 4)
     refresh = Refresh(every=1, basis_tolerance=0.3)
@@ -389,8 +413,10 @@ def test_a_kept_side_beside_one_that_is_decomposed():
     M = Q_A.mT @ A.get_cov() @ Q_A
     torch.testing.assert_close(M, torch.diag(M.diagonal()))
     left = (Q_A.mT @ old_A) ** 2
-    right = (Q_G.mT @ old_G) ** 2
-    torch.testing.assert_close(scales.get_cov_var(), left @ S @ right.mT)
+    evened = left @ (old_A.mT @ A.get_cov() @ old_A).diagonal()
+    moved = (M.diagonal() / evened).unsqueeze(1) * (left @ S)
+    torch.testing.assert_close(scales.get_cov_var(), moved)
+    torch.testing.assert_close(scales.diagonals[0], M.diagonal())
     optimizer.close()
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from kfac_torch import KFAC, Refresh
 from kfac_torch.fisher_blocks.kronecker import KroneckerProductFB
-from kfac_torch.linalg import orthogonal_iteration, psd_eigh
+from kfac_torch.linalg import diagonal_in_basis, orthogonal_iteration, psd_eigh
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -136,8 +136,12 @@ def test_a_refresh_turns_the_basis_and_brings_the_scales_to_it():
         assert torch.equal(Q_A, orthogonal_iteration(A.get_cov(), old_A))
         assert torch.equal(Q_G, orthogonal_iteration(G.get_cov(), old_G))
         left, right = (Q_A.mT @ old_A) ** 2, (Q_G.mT @ old_G) ** 2
-        close(scales.get_cov_var(), left @ S @ right.mT)
-        close(scales.get_cov_var().sum(), S.sum())
+        s_A, r_A = (diagonal_in_basis(A.get_cov(), Q) for Q in (Q_A, old_A))
+        s_G, r_G = (diagonal_in_basis(G.get_cov(), Q) for Q in (Q_G, old_G))
+        ratio = torch.outer(s_A, s_G) / torch.outer(left @ r_A, right @ r_G)
+        close(scales.get_cov_var(), ratio * (left @ S @ right.mT))
+        close(scales.diagonals[0], s_A)
+        close(scales.diagonals[1], s_G)
     optimizer.close()
 
 

@@ -421,22 +421,34 @@ def orthogonal_iteration(C: Tensor, Q: Tensor) -> Tensor:
     return (found * signs.unsqueeze(-2)).flip(-1)
 
 
-def off_diagonal_share(C: Tensor, Q: Tensor) -> Tensor:
-    """Return the share of `M = Qᵀ C Q` beside its diagonal `a`, by the Frobenius norm.
-
-    That is the relative error of `Q diag(a) Qᵀ`, with one product of `n³`: `‖M‖ = ‖C‖`.
+def diagonal_in_basis(C: Tensor, Q: Tensor) -> Tensor:
+    """Return the diagonal of `Qᵀ C Q`, `[..., n]` and none of it below 0, by one product.
 
     Args:
         C: `[..., n, n]`, symmetric PSD.
         Q: orthogonal.
 
+    >>> diagonal_in_basis(torch.tensor([[3.0, 0.1], [0.1, 4.0]]), torch.eye(2))
+    tensor([3., 4.])
+    """
+    return (Q * (C @ Q)).sum(-2).clamp(min=0)
+
+
+def off_diagonal_share(C: Tensor, a: Tensor) -> Tensor:
+    """Return the share of `M = Qᵀ C Q` beside its diagonal, by the Frobenius norm.
+
+    That is the relative error of `Q diag(a) Qᵀ`, without a product: `‖M‖ = ‖C‖`.
+
+    Args:
+        C: `[..., n, n]`, symmetric PSD.
+        a: the diagonal of `M`, see `diagonal_in_basis`.
+
     Returns:
         0-dim; the largest of a stack. Not finite where `C` is not.
 
-    >>> off_diagonal_share(torch.tensor([[3.0, 0.1], [0.1, 4.0]]), torch.eye(2))
+    >>> off_diagonal_share(torch.tensor([[3.0, 0.1], [0.1, 4.0]]), torch.tensor([3.0, 4]))
     tensor(0.0283)
     """
-    a = (Q * (C @ Q)).sum(-2)
     square = torch.linalg.matrix_norm(C).square()
     # Of the zero matrix there is nothing beside the diagonal.
     rest = (square - a.square().sum(-1)).clamp(min=0)

@@ -25,7 +25,7 @@ from .fisher_blocks import FisherBlock
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 _DAMAGE = (KeyError, TypeError, IndexError, AttributeError)
 
 

@@ -1,16 +1,17 @@
 """EKFAC: a Kronecker block with its eigenvalues corrected, `T · Q diag(S) Qᵀ`.
 
 Notation: `Q = Q_A ⊗ Q_G` the eigenvectors of `A ⊗ G`, as of the last refresh, `S [m, n]`
-the second moments of the gradient of an example in that basis (`eigen_scales.py`), `V
-[m, n]` a gradient of the layer. Then
+the second moments of the gradient of an example in that basis, `S_λ` the damped ones
+(`eigen_scales.py`), `V [m, n]` a gradient of the layer. Then
 
-    F_λ^p V = Q_A ((Q_Aᵀ V Q_G) ∘ (T S + λ)^p) Q_Gᵀ
+    F_λ^p V = Q_A ((Q_Aᵀ V Q_G) ∘ (T S_{λ/T})^p) Q_Gᵀ
 
 George et al. 2018 (arXiv 1806.03884), algorithm 1: of all matrices with these
 eigenvectors it is the nearest to the block that `S` is of, in the Frobenius norm, so that
 it is no further from it than K-FAC's in the same basis; and the trace is the exact one. λ
-is added as it is, without π, and is no part of what is stored: a new λ acts at once, and so
-does a new `S`, while the basis waits for a refresh. All powers come for free.
+adds to it what it adds to K-FAC's block, `T (A + x) ⊗ (G + y) − T A ⊗ G`, with `A` and `G`
+diagonal in that basis, and is no part of what is stored: a new λ acts at once, and so does
+a new `S`, while the basis waits for a refresh. All powers come for free.
 
 What is exact: an example is the first dimension of the layer's input (the batch, of
 attention and recurrent layers), and its gradient is summed over all its positions and
@@ -24,7 +25,7 @@ convolution the same with patches formed piece by piece. To take positions as in
 needs `P (m² + n² + m n)`, which is no less than the cheaper of these, so it is not offered.
 Kept are `S` and both bases, in place of two inverses.
 
-Before the first refresh the block is K-FAC's, undamped or with `F_λ = F + λI`. At it `S`
+Before the first refresh the block is K-FAC's, undamped or for `p = 1`. At it `S`
 is `s_A s_Gᵀ`, until the first update that comes after. A side above a size limit has no
 whole basis, and the block is K-FAC's with those sides. Left out: moments of micro-batches
 across a refresh (they are of two bases, and enter `A` and `G` alone).
@@ -164,7 +165,7 @@ class EigenKroneckerFB(KroneckerProductFB):
             super().register_cholesky_inverse()
 
     def _eigenvalues(self, scales: EigenScaleFactor, exp: float) -> Tensor:
-        """`(T S + λ)^exp`."""
+        """`(T S_{λ/T})^exp`."""
         T, damping = self.num_locations, evaluate_damping(self._damping, self.name)
         return scales.get_matpower(exp, lambda: damping / T) * T**exp
 
@@ -180,9 +181,7 @@ class EigenKroneckerFB(KroneckerProductFB):
             return super().multiply_matpower(vector, exp)
         self._check_vector(vector, scales)
         if exp == 1 and not scales.is_refreshed:
-            A, G = (side.get_cov() for side in self._sides())
-            damping = evaluate_damping(self._damping, self.name)
-            return self.num_locations * (A @ vector @ G) + damping * vector
+            return super().multiply_matpower(vector, exp)
         Q_A, Q_G = scales.basis
         rotated = Q_A.mT @ vector @ Q_G
         return Q_A @ (rotated * self._eigenvalues(scales, exp)) @ Q_G.mT
@@ -195,7 +194,7 @@ class EigenKroneckerFB(KroneckerProductFB):
             )
 
     def multiply_cholesky(self, vector: Tensor, transpose: bool = False) -> Tensor:
-        """Return `L V`, or `Lᵀ V`, with `L = Q diag(T S + λ)^½`, so that `L Lᵀ = F_λ`.
+        """Return `L V`, or `Lᵀ V`, with `L = Q diag(T S_{λ/T})^½`, so that `L Lᵀ = F_λ`.
 
         A square root, not a triangle: its columns are those of the eigenbasis.
         """
@@ -210,7 +209,7 @@ class EigenKroneckerFB(KroneckerProductFB):
         return self._multiply_root(vector, -0.5, not transpose)
 
     def _multiply_root(self, vector: Tensor, exp: float, into_basis: bool) -> Tensor:
-        """`Q diag(T S + λ)^exp V`, or its transpose, which goes into the basis."""
+        """`Q diag(T S_{λ/T})^exp V`, or its transpose, which goes into the basis."""
         scales = self.scales
         assert scales is not None
         self._check_vector(vector, scales)

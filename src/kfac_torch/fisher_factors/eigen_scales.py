@@ -11,17 +11,30 @@ the exact block in this basis, up to `T = R/N`. With one position it is `(a Q_A)
 Q_G)² / R` and no gradient of an example is formed; else those of some examples at a time
 are, and rotated, or are formed of rotated rows, whichever is cheaper.
 
-The basis moves at a refresh alone, the scales at every update. Before the first update in
-a basis they are `s_A s_Gᵀ`, K-FAC's own. From a basis to the next they go as
+Damping is K-FAC's, with the eigenvalues corrected: with π of `s_A`, `s_G` and λ split as in
+`damping.py`, `x = π√λ` and `y = √λ/π`,
 
-    S' = (Q_A'ᵀ Q_A)² S ((Q_G'ᵀ Q_G)²)ᵀ
+    S_λ = S + (s_A + x)(s_G + y)ᵀ − s_A s_Gᵀ = S + y s_A + x s_G + λ
 
-the diagonal, in the new basis, of the matrix that `S` is in the old. So they stay
-non-negative and keep their sum, and an unchanged basis leaves them as they are; what was
-learned beside K-FAC is kept, which `s_A s_Gᵀ` anew would forget. The squares of a rotation
-are doubly stochastic: between two updates a basis that wanders evens the scales out.
+So where `S = s_A s_Gᵀ` it is K-FAC's damped block, and λ = 0 leaves `S`. George et al. have
+`S + λ`, which holds back far less the directions in which one side is large and the other
+small; with it runs took a fifth to a quarter more steps (`docs/benchmarks.md`).
 
-A basis in which its factor is still near enough to diagonal may be kept (`tolerance`): one
+The basis, `s_A` and `s_G` (the diagonals of the factors in it) move at a refresh alone, the
+scales at every update. Before the first update in a basis they are `s_A s_Gᵀ`, K-FAC's own.
+From a basis to the next they go as
+
+    S' = s_A' s_G'ᵀ ∘ (R_A S R_Gᵀ) / (R_A r_A)(R_G r_G)ᵀ,   R_A = (Q_A'ᵀ Q_A)²
+
+with `r_A`, `r_G` the diagonals in the old basis of the factors of now, the same that `s_A'`
+and `s_G'` are of. `R_A S R_Gᵀ` is the diagonal, in the new basis, of the matrix that `S` is
+in the old. The squares of a rotation are doubly stochastic, so by itself it would even the
+scales out from refresh to refresh, in a basis that wanders; over the same of K-FAC's own it
+is what was learned beside K-FAC, and that is kept. Scales stay non-negative, an unchanged
+basis leaves them as they are, and scales that are K-FAC's become K-FAC's. Diagonals count
+as no less than their rounding errors, `ε tr A` and `ε tr G`, in these ratios.
+
+A basis in which its factor is still near enough to diagonal may be kept (`tolerance`): a
 product says how near it is, where a decomposition is the work of six or more. One that is
 not may be turned in place of a new one (`warm_start`), by a step of orthogonal iteration
 (Vyas et al. 2024, arXiv 2409.11321, algorithm 4): it nears the eigenbasis from refresh to
@@ -39,7 +52,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..linalg import off_diagonal_share, orthogonal_iteration, psd_eigh
+from ..damping import DampingFunc, compute_pi
+from ..linalg import (
+    diagonal_in_basis,
+    off_diagonal_share,
+    orthogonal_iteration,
+    psd_eigh,
+)
 from .base import FactorOptions, FisherFactor
 from .cholesky_batch import store
 from .data import append_homog
@@ -80,11 +99,12 @@ class EigenScaleFactor(DiagonalFactor):
     ) -> None:
         self._sides = (A, G)
         self._basis = Stored("eigenbasis", 0.0, 0.0)
+        self._diagonals = Stored("diagonals", 0.0, 0.0)
         self._num_corrections = 0
         self.tolerance: float | None = None
         self.warm_start = False
-        # Of a copy that a thread refreshes: from the old basis to the one it has found.
-        self._rotations: list[tuple[Tensor, Tensor]] | None = None
+        # Of a copy that a thread refreshes: how scales go from the old basis to its own.
+        self._moves: list[tuple[Tensor, Tensor]] | None = None
         super().__init__([[_no_data]], name, options, A._dtype, A._device)
 
     @property
@@ -125,6 +145,14 @@ class EigenScaleFactor(DiagonalFactor):
         return Q_A, Q_G
 
     @property
+    def diagonals(self) -> tuple[Tensor, Tensor]:
+        """`s_A [..., m]` and `s_G [..., n]`: those of `Qᵀ A Q` and `Qᵀ G Q`, as of the last
+        refresh; zeros before the first.
+        """
+        s_A, s_G = self._diagonals.tensors
+        return s_A, s_G
+
+    @property
     def basis_version(self) -> int:
         """A number that changes with the basis; 0 before there is one."""
         return 1 + self._basis.tensors[0]._version if self._basis.refreshed else 0
@@ -144,10 +172,10 @@ class EigenScaleFactor(DiagonalFactor):
     def instantiate_cov_variables(self) -> None:
         """Make the scales and the basis. Raises RuntimeError on a second call."""
         super().instantiate_cov_variables()
-        self._basis.tensors = tuple(
-            torch.zeros(side._matrix_shape, dtype=self._dtype, device=self._device)
-            for side in self._sides
-        )
+        shapes = [side._matrix_shape for side in self._sides]
+        like = {"dtype": self._dtype, "device": self._device}
+        self._basis.tensors = tuple(torch.zeros(shape, **like) for shape in shapes)
+        self._diagonals.tensors = tuple(torch.zeros(s[:-1], **like) for s in shapes)
 
     def accumulate(self, cov: Tensor, ema_decay: float, weight: float = 1.0) -> None:
         """Let new scales, in the current basis, enter the moving average.
@@ -167,48 +195,53 @@ class EigenScaleFactor(DiagonalFactor):
     def compute_stored(self) -> list[Computed]:
         """Return the next basis for the current `A` and `G`, and the scales in it."""
         if not self._num_corrections:
-            (s_A, Q_A), (s_G, Q_G) = map(self._decomposed, self._sides)
-            return self._moved(Q_A, Q_G, s_A.unsqueeze(-1) * s_G.unsqueeze(-2))
-        kept = self._kept()
+            new = [self._decomposed(side) for side in self._sides]
+            s_A, s_G = (s for s, _ in new)
+            return self._moved(new, s_A.unsqueeze(-1) * s_G.unsqueeze(-2))
+        pairs = list(zip(self._sides, self.basis, strict=True))
+        old = [diagonal_in_basis(side.get_cov(), Q) for side, Q in pairs]
+        kept = self._kept(old)
         if all(kept):
-            return []
-        Q_A, Q_G = (
-            Q if good else self._next_basis(side, Q)
-            for side, Q, good in zip(self._sides, self.basis, kept, strict=True)
+            return [(self._diagonals, tuple(old))]
+        new = [
+            (r, Q) if good else self._next(side, Q)
+            for (side, Q), r, good in zip(pairs, old, kept, strict=True)
+        ]
+        left, right = (
+            carrying(Q, s, Q_old, r)
+            for (s, Q), Q_old, r in zip(new, self.basis, old, strict=True)
         )
-        rotation = self._rotation(Q_A, Q_G)
-        if self._rotations is not None:
-            self._rotations.append(rotation)
-        return self._moved(Q_A, Q_G, self._rotated(*rotation))
+        if self._moves is not None:
+            self._moves.append((left, right))
+        return self._moved(new, left @ self._stored_cov() @ right.mT)
 
     def _decomposed(self, side: InverseProvidingFactor) -> tuple[Tensor, Tensor]:
         floor = self._options.eigenvalue_clipping_threshold
         return psd_eigh(side.get_cov(), floor, side.name)
 
-    def _next_basis(self, side: InverseProvidingFactor, Q: Tensor) -> Tensor:
-        if self.warm_start:
-            return orthogonal_iteration(side.get_cov(), Q)
-        return self._decomposed(side)[1]
+    def _next(self, side: InverseProvidingFactor, Q: Tensor) -> tuple[Tensor, Tensor]:
+        """The diagonal of a side in its next basis, and that."""
+        if not self.warm_start:
+            return self._decomposed(side)
+        Q = orthogonal_iteration(side.get_cov(), Q)
+        return diagonal_in_basis(side.get_cov(), Q), Q
 
-    def _rotation(self, Q_A: Tensor, Q_G: Tensor) -> tuple[Tensor, Tensor]:
-        """`(Q_A'ᵀ Q_A)²` and `(Q_G'ᵀ Q_G)²`, from the current basis to another."""
-        old_A, old_G = self.basis
-        return (Q_A.mT @ old_A).square_(), (Q_G.mT @ old_G).square_()
+    def _moved(
+        self, sides: Sequence[tuple[Tensor, Tensor]], scales: Tensor
+    ) -> list[Computed]:
+        (s_A, Q_A), (s_G, Q_G) = sides
+        return [
+            (self._basis, (Q_A, Q_G)),
+            (self._diagonals, (s_A, s_G)),
+            (Stored("scales", 0.0, 0.0, (self._stored_cov(),)), (scales,)),
+        ]
 
-    def _rotated(self, left: Tensor, right: Tensor) -> Tensor:
-        """`S'`, the scales in another basis."""
-        return left @ self._stored_cov() @ right.mT
-
-    def _moved(self, Q_A: Tensor, Q_G: Tensor, scales: Tensor) -> list[Computed]:
-        moved = Stored("scales", 0.0, 0.0, (self._stored_cov(),))
-        return [(self._basis, (Q_A, Q_G)), (moved, (scales,))]
-
-    def _kept(self) -> list[bool]:
+    def _kept(self, diagonals: Sequence[Tensor]) -> list[bool]:
         """Whether the basis of each side is good enough; reads the host."""
         if self.tolerance is None:
             return [False, False]
-        pairs = zip(self._sides, self.basis, strict=True)
-        shares = torch.stack([off_diagonal_share(s.get_cov(), Q) for s, Q in pairs])
+        pairs = zip(self._sides, diagonals, strict=True)
+        shares = torch.stack([off_diagonal_share(s.get_cov(), r) for s, r in pairs])
         # A NaN is above any tolerance.
         return (shares <= self.tolerance).tolist()
 
@@ -232,8 +265,11 @@ class EigenScaleFactor(DiagonalFactor):
         assert isinstance(G, InverseProvidingFactor)
         twin._sides = A, G
         twin._cov = self._stored_cov().clone()
-        tensors = tuple(q.clone() for q in self._basis.tensors)
-        twin._basis, twin._rotations = replace(self._basis, tensors=tensors), []
+        for name in ("_basis", "_diagonals"):
+            own = getattr(self, name)
+            tensors = tuple(tensor.clone() for tensor in own.tensors)
+            setattr(twin, name, replace(own, tensors=tensors))
+        twin._moves = []
         if state is not None:
             twin._num_corrections = state["num_corrections"]
         return twin
@@ -245,21 +281,30 @@ class EigenScaleFactor(DiagonalFactor):
     def adopt(self, twin: Self) -> None:
         """Take the basis of a copy, and bring to it what the scales are by now."""
         super().adopt(twin)
-        if all(map(torch.equal, twin.basis, self.basis)):
-            return  # it was good enough
-        Q_A, Q_G = twin.basis
+        if all(map(torch.equal, twin.basis, self.basis)):  # it was good enough
+            store([(self._diagonals, twin.diagonals)])
+            return
         scales = twin._stored_cov()  # without corrections they are `s_A s_Gᵀ`
         if self._num_corrections:
-            found = twin._rotations or [self._rotation(Q_A, Q_G)]
-            scales = self._rotated(*found[0])
-        store(self._moved(Q_A, Q_G, scales))
+            left, right = twin._moves[0] if twin._moves else self._to_decomposed(twin)
+            scales = left @ self._stored_cov() @ right.mT
+        store(self._moved(list(zip(twin.diagonals, twin.basis, strict=True)), scales))
+
+    def _to_decomposed(self, twin: Self) -> tuple[Tensor, Tensor]:
+        """From the current basis to that of a copy, which had no corrections to bring."""
+        left, right = (
+            carrying(Q, s, Q_old, _diagonal_moved(_squared_rotation(Q_old, Q), s))
+            for Q, s, Q_old in zip(twin.basis, twin.diagonals, self.basis, strict=True)
+        )
+        return left, right
 
     # Costs.
 
     @property
     def kept_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the scales and of the basis."""
-        return [self._cov_shape, *(side._matrix_shape for side in self._sides)]
+        """The shapes of the scales, of the basis and of the diagonals in it."""
+        shapes = [side._matrix_shape for side in self._sides]
+        return [self._cov_shape, *shapes, *(shape[:-1] for shape in shapes)]
 
     @property
     def refresh_cost(self) -> int:
@@ -268,12 +313,23 @@ class EigenScaleFactor(DiagonalFactor):
         *stack, m, n = self._cov_shape
         return torch.Size(stack).numel() * (10 * (m**3 + n**3) + m * n * (m + n))
 
+    # Damping.
+
+    def _damping_of(self, damping_func: DampingFunc) -> Tensor:
+        """`y s_A + x s_G + λ`, what λ adds to each scale."""
+        s_A, s_G = self.diagonals
+        damping = super()._damping_of(damping_func)
+        pi = compute_pi(s_A.mean(-1), s_G.mean(-1))[..., None, None]
+        x, y = pi * damping**0.5, damping**0.5 / pi
+        return y * s_A.unsqueeze(-1) + x * s_G.unsqueeze(-2) + damping
+
     # State.
 
     def to(self, device: torch.device | str) -> Self:
         """Move the state to a device."""
         super().to(device)
-        self._basis.tensors = tuple(q.to(self._device) for q in self._basis.tensors)
+        for kept in (self._basis, self._diagonals):
+            kept.tensors = tuple(tensor.to(self._device) for tensor in kept.tensors)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,6 +337,7 @@ class EigenScaleFactor(DiagonalFactor):
         return {
             **super().state_dict(),
             "basis": [q.clone() for q in self._basis.tensors],
+            "diagonals": [s.clone() for s in self._diagonals.tensors],
             "refreshed": self._basis.refreshed,
             "num_corrections": self._num_corrections,
         }
@@ -301,11 +358,43 @@ class EigenScaleFactor(DiagonalFactor):
             ValueError: the state of another factor; nothing is changed then.
         """
         super().load_state_dict(state)
-        self._basis.tensors = tuple(
-            q.to(self._device, self._dtype, copy=True) for q in state["basis"]
-        )
+        for kept, name in ((self._basis, "basis"), (self._diagonals, "diagonals")):
+            kept.tensors = tuple(
+                tensor.to(self._device, self._dtype, copy=True) for tensor in state[name]
+            )
         self._basis.refreshed = state["refreshed"]
         self._num_corrections = state["num_corrections"]
+
+
+def _squared_rotation(Q_new: Tensor, Q: Tensor) -> Tensor:
+    """`R = (Q'ᵀ Q)²`: it takes a diagonal in one basis to the diagonal in another."""
+    return (Q_new.mT @ Q).square_()
+
+
+def _diagonal_moved(R: Tensor, s: Tensor) -> Tensor:
+    return (R @ s.unsqueeze(-1)).squeeze(-1)
+
+
+def carrying(Q_new: Tensor, s: Tensor, Q: Tensor, r: Tensor) -> Tensor:
+    """Return one side's part of `S'`: `R` with its rows scaled by `s' / R r`.
+
+    Args:
+        Q_new: the new basis, `[..., n, n]`.
+        s: the diagonal of the factor in it, `[..., n]`.
+        Q: the old basis.
+        r: the diagonal in that, of the same factor.
+
+    >>> Q = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    >>> s, r = torch.tensor([3.0, 1.0]), torch.tensor([1.72, 2.28])
+    >>> carrying(Q, s, torch.eye(2), r) @ r
+    tensor([3., 1.])
+    """
+    R = _squared_rotation(Q_new, Q)
+    # What is below is rounding error in both, whose ratios would pile up.
+    floor = torch.finfo(s.dtype).eps * s.sum(-1, keepdim=True)
+    evened = _diagonal_moved(R, r) + floor
+    ratio = torch.where(floor > 0, (s + floor) / torch.where(floor > 0, evened, 1), 1)
+    return ratio.unsqueeze(-1) * R
 
 
 def _no_data() -> Tensor:
