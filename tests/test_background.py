@@ -89,9 +89,14 @@ def moved(factors, old, new):
     """From the old basis of EKFAC to the new one, by the factors of now."""
     if len(factors) < 3:
         return []
+    scales = factors[2]
+    decomposed = scales.tolerance is None and not scales.warm_start
     return [
         carrying(
-            new[i], new[2 + i], old[i], diagonal_in_basis(factors[i].get_cov(), old[i])
+            new[i],
+            new[2 + i],
+            old[i],
+            None if decomposed else diagonal_in_basis(factors[i].get_cov(), old[i]),
         )
         for i in (0, 1)
     ]

@@ -199,6 +199,9 @@ class EigenScaleFactor(DiagonalFactor):
             s_A, s_G = (s for s, _ in new)
             return self._moved(new, s_A.unsqueeze(-1) * s_G.unsqueeze(-2))
         pairs = list(zip(self._sides, self.basis, strict=True))
+        if self.tolerance is None and not self.warm_start:
+            new = [self._decomposed(side) for side in self._sides]
+            return self._carried(new, [None, None])
         old = [diagonal_in_basis(side.get_cov(), Q) for side, Q in pairs]
         kept = self._kept(old)
         if all(kept):
@@ -207,6 +210,12 @@ class EigenScaleFactor(DiagonalFactor):
             (r, Q) if good else self._next(side, Q)
             for (side, Q), r, good in zip(pairs, old, kept, strict=True)
         ]
+        return self._carried(new, old)
+
+    def _carried(
+        self, new: Sequence[tuple[Tensor, Tensor]], old: Sequence[Tensor | None]
+    ) -> list[Computed]:
+        """The next diagonals and bases, and the scales brought to them."""
         left, right = (
             carrying(Q, s, Q_old, r)
             for (s, Q), Q_old, r in zip(new, self.basis, old, strict=True)
@@ -293,7 +302,7 @@ class EigenScaleFactor(DiagonalFactor):
     def _to_decomposed(self, twin: Self) -> tuple[Tensor, Tensor]:
         """From the current basis to that of a copy, which had no corrections to bring."""
         left, right = (
-            carrying(Q, s, Q_old, _diagonal_moved(_squared_rotation(Q_old, Q), s))
+            carrying(Q, s, Q_old)
             for Q, s, Q_old in zip(twin.basis, twin.diagonals, self.basis, strict=True)
         )
         return left, right
@@ -366,30 +375,28 @@ class EigenScaleFactor(DiagonalFactor):
         self._num_corrections = state["num_corrections"]
 
 
-def _squared_rotation(Q_new: Tensor, Q: Tensor) -> Tensor:
-    """`R = (Q'ᵀ Q)²`: it takes a diagonal in one basis to the diagonal in another."""
-    return (Q_new.mT @ Q).square_()
-
-
 def _diagonal_moved(R: Tensor, s: Tensor) -> Tensor:
     return (R @ s.unsqueeze(-1)).squeeze(-1)
 
 
-def carrying(Q_new: Tensor, s: Tensor, Q: Tensor, r: Tensor) -> Tensor:
+def carrying(Q_new: Tensor, s: Tensor, Q: Tensor, r: Tensor | None = None) -> Tensor:
     """Return one side's part of `S'`: `R` with its rows scaled by `s' / R r`.
 
     Args:
         Q_new: the new basis, `[..., n, n]`.
         s: the diagonal of the factor in it, `[..., n]`.
         Q: the old basis.
-        r: the diagonal in that, of the same factor.
+        r: the diagonal in that, of the same factor; `Rᵀ s'` if None, which it is where the
+            new basis is an eigenbasis.
 
     >>> Q = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
     >>> s, r = torch.tensor([3.0, 1.0]), torch.tensor([1.72, 2.28])
     >>> carrying(Q, s, torch.eye(2), r) @ r
     tensor([3., 1.])
     """
-    R = _squared_rotation(Q_new, Q)
+    R = (Q_new.mT @ Q).square_()
+    if r is None:
+        r = _diagonal_moved(R.mT, s)
     # What is below is rounding error in both, whose ratios would pile up.
     floor = torch.finfo(s.dtype).eps * s.sum(-1, keepdim=True)
     evened = _diagonal_moved(R, r) + floor
