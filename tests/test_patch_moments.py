@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kfac_torch import gram, patch_lags, patch_moments, patch_strips
+from kfac_torch import gram, patch_lags, patch_moments, patch_slices, patch_strips
 from kfac_torch.patch_moments import patch_second_moment, resolve_padding
 
 METHODS = ["auto", "chunks", "strips", "lags", "slices"]
@@ -299,6 +299,28 @@ def test_inputs_that_are_patches(layout: torch.memory_format, channels: int) -> 
     assert_agree(moment, rows.T @ rows / len(rows))
 
 
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize("channels", [5, 200])
+@pytest.mark.parametrize("held", [1, 5000, 2**20])
+def test_locations_that_are_apart(
+    monkeypatch: pytest.MonkeyPatch, size: int, channels: int, held: int
+) -> None:
+    monkeypatch.setattr(patch_strips, "_HELD_BYTES", held)
+    inputs = torch.randn(5, channels, size, size + 2, dtype=torch.float64)
+    rows = inputs[:, :, ::2, ::3].movedim(1, -1).flatten(0, 2)
+    moment = patch_second_moment(inputs, 1, (2, 3), method="chunks")
+    assert torch.equal(moment, moment.mT)
+    assert_agree(moment, rows.T @ rows / len(rows))
+
+
+def test_products_of_slices_with_themselves_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(3, 20, 6, 7, dtype=torch.float64)
+    whole = patch_second_moment(inputs, 3, padding=1, method="slices")
+    monkeypatch.setattr(patch_slices, "_HALVED", 0)
+    halved = patch_second_moment(inputs, 3, padding=1, method="slices")
+    assert_agree(halved, whole)
+
+
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("size", [1, 500, 4000])
 def test_small_pieces_of_work(
@@ -397,6 +419,7 @@ def test_auto_takes_what_pays() -> None:
     assert choice(64, 16, 128, k=1, s=2) == "chunks"
     assert choice(64, 32, 128, k=1) == "chunks"
     assert choice(16, 4, 1) == "chunks"
+    assert choice(32, 7, 16) == choice(32, 7, 128) == "strips"
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -37,6 +37,7 @@ from .patch_geometry import Arranged, Conv, arranged, axes
 
 _SPECTRUM_BYTES = 24 * 2**20  # spectra that are held at once
 _SHORT = 48  # length up to which a product with a matrix is faster than an FFT
+_BAND = 64  # channels
 _SMALLEST_WORK = 2**16  # numbers in a piece of work, but for the next
 _CACHE_BYTES = 2**21  # pieces of work that should stay in the cache
 
@@ -172,7 +173,7 @@ def _add_family(
     """Add the correlations of x to terms, [points, lags, groups * C * C]."""
     a = b = _spectrum(x, family, work, spare)
     groups, channels = x.shape[1:3]
-    parts = bands(channels, x.device, narrowest=32)
+    parts = bands(channels, x.device, _BAND)
     if not family.hermitian:
         (_, first), *others = family.points.values()
         held = max(1, work * len(a) // a.numel())  # of the first dimension's points

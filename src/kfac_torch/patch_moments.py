@@ -36,6 +36,7 @@ import math
 import torch
 from torch import Tensor
 
+from .gram import bands
 from .patch_geometry import (
     Arranged,
     Conv,
@@ -50,7 +51,7 @@ from .patch_geometry import (
     windows,
 )
 from .patch_lags import add_lags
-from .patch_slices import add_slices, held_examples
+from .patch_slices import add_slices, held_examples, worth_halving
 from .patch_strips import Cut, add_strips, cut, piece_sizes
 
 __all__ = ("mean_patch", "patch_second_moment", "patch_view", "resolve_padding")
@@ -224,15 +225,27 @@ def _strips_cost(conv: Conv, how: Cut) -> float:
     zeros = how.width == 1 and conv.padding_mode == "zeros" and any(conv.padding[0])
     missed = how.lag if zeros else 0
     products = sum(size * w * max(1, o - r * missed) for r, w in enumerate(widths))
-    products -= 0.37 * size * widths[0] * o if size >= 384 else 0  # half of one's own
+    products -= _saved(size) * o
     if not zeros or pieces[1] > 1:
         ending = sum(size * widths[r + 1] for q in ends for r in ends[q:])
         products += 2 * pieces[1] * how.lag * ending
-    # Small products, of each group, take longer.
-    strips = (o + pieces[1] * how.more) * (870 + 73 * size + 1000 * (conv.groups > 1))
-    calls = 5e5 * math.prod(pieces) * (12 + how.count**2)
-    sorting = 420 * conv.columns**2 * conv.groups
-    return 1.5e7 + rows * conv.groups * (products + strips) + calls + sorting
+    # Strips are copied in runs; small products, of each group, take longer.
+    runs = how.width * math.prod(conv.kernel[1:-1]) if len(sizes) > 1 else 1
+    each = 860 * runs + 10 * size + 1000 * (conv.groups > 1)
+    copies = rows * conv.groups * (o + pieces[1] * how.more) * each
+    copies += 24 * conv.batch * conv.channels * math.prod(conv.space)
+    calls = 5.3e5 * math.prod(pieces) * (len(_parts(size)) + how.count**2 - 1)
+    sorting = 260 * conv.columns**2 * conv.groups
+    return 2.2e7 + 1.1 * rows * conv.groups * products + copies + calls + sorting
+
+
+def _saved(columns: int) -> int:
+    """Multiply-adds, of each row, that bands save where it is multiplied with itself."""
+    return sum((part.stop - part.start) * part.start for part in _parts(columns))
+
+
+def _parts(columns: int) -> list[slice]:
+    return bands(columns, torch.device("cpu"))
 
 
 def _slices_cost(whole: Conv, how: Arranged) -> float:
@@ -240,28 +253,29 @@ def _slices_cost(whole: Conv, how: Arranged) -> float:
     each, others = conv.channels // conv.groups, math.prod(conv.space[1:])
     locations = sum(conv.space[0] - lag for lag in axis.lags.tolist())
     locations += axis.points.shape[1]
-    if each * others >= 384:
-        locations -= 0.37 * conv.space[0]  # half of a product with itself
+    held, width = min(conv.batch, held_examples(whole, how)), each * others
+    if worth_halving(held * conv.space[0], width):
+        locations -= conv.space[0] * _saved(width) / width**2
     pair, terms = conv.channels * each * others**2, axis.signs.shape[-1]
-    pieces = -(-conv.batch // held_examples(whole, how))
-    gram = 1.1 * conv.batch * locations * pair
-    sums = pieces * terms * (80 * pair + 2.5e6)
-    copies = 185 * conv.batch * conv.channels * conv.space[0] * others
-    blocks = 38 * conv.columns**2 * conv.groups * terms
-    return 2e7 + gram + sums + copies + blocks
+    pieces = -(-conv.batch // held)
+    gram = 1.2 * conv.batch * locations * pair
+    sums = pieces * terms * (80 * pair + 4.5e6)
+    copies = 80 * conv.batch * conv.channels * conv.space[0] * others
+    blocks = 40 * conv.columns**2 * conv.groups * terms
+    return 1.2e7 + gram + sums + copies + blocks
 
 
 def _lags_cost(how: Arranged) -> float:
     conv = how.conv
     along, each = axes(conv), conv.channels // conv.groups
     terms = math.prod(axis.signs.shape[-1] for axis in along)
-    cost = 8e7 + 1.6 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    cost = 7.8e7 + 1.6 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
         spectra = math.prod(axis.points.shape[1] for axis, at in pairs if at)
         spectra *= math.prod(axis.length for axis in full) * conv.channels
         lags = math.prod(len(axis.lags) for axis in full)
-        each_example = 276 + 500 / each + 3.2 * each
-        cost += spectra * (conv.batch * each_example + 8.2 * lags * each)
+        each_example = 250 + 300 / each + 2.85 * each
+        cost += spectra * (conv.batch * each_example + 13 * lags * each)
     return cost
