@@ -1,7 +1,7 @@
 """Second moment of convolution patches against unfolding, and against other libraries.
 
     OMP_NUM_THREADS=1 python benchmarks/patch_moments.py [--repeats N] [--quick]
-        [--json FILE] [--peer-python NAME=PATH ... [--only-peers]]
+        [--parts PART ...] [--json FILE] [--peer-python NAME=PATH ...]
 
 Baseline: the patches unfolded, whole or a few examples at a time, then a matmul into one
 accumulator, in two ways (one matmul per chunk on the transposed patches, or one per
@@ -18,6 +18,8 @@ result. Workspaces of the matmul and FFT libraries do not pass through that allo
 
 Difference: largest deviation from the unfolded patches in float64, over the largest
 entry.
+
+A JSON file that is there already keeps the parts that are not measured.
 """
 
 import argparse
@@ -27,7 +29,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -354,17 +355,21 @@ def tables(groups: dict[str, list[Shape]], repeats: int) -> dict[str, Any]:
             f"memory {share:.3f} of the patches at most, difference "
             f"{max(row['difference'] for row in rows):.1e} at most"
         )
+    return report
 
-    rate = matmul_rate()
-    row = next(r for rows in report.values() for r in rows if _is_floor(r))
-    shape = Shape(**row["shape"])
-    floor = 13 * shape.channels**2 * shape.batch * shape.size**2 / rate
+
+def floor(report: dict[str, Any]) -> dict[str, float]:
+    """Compare one shape with its multiply-adds at the speed of a large matmul."""
+    rows = [row for title in ("stride 1", "quick") for row in report.get(title, [])]
+    row = next(row for row in rows if _is_floor(Shape(**row["shape"])))
+    shape, rate = Shape(**row["shape"]), matmul_rate()
+    least = 13 * shape.channels**2 * shape.batch * shape.size**2 / rate
     print(
-        f"{shape}: {row['ours']['median']:.1f} ms, {row['ours']['median'] / floor:.2f} "
-        f"times the {floor:.1f} ms of 13 C² N H W multiply-adds at the {rate / 1e6:.1f} "
+        f"{shape}: {row['ours']['median']:.1f} ms, {row['ours']['median'] / least:.2f} "
+        f"times the {least:.1f} ms of 13 C² N H W multiply-adds at the {rate / 1e6:.1f} "
         "G/s of a matmul"
     )
-    return report | {"multiply_adds_per_ms": rate, "floor_ms": floor}
+    return {"multiply_adds_per_ms": rate, "floor_ms": least}
 
 
 def beside_peers(pythons: dict[str, str], repeats: int) -> list[dict[str, Any]]:
@@ -388,26 +393,31 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four small shapes")
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--only-peers", action="store_true", help="not our own tables")
+    parts = ["stride 1", "small images", "others", "peers"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     about = machine()
     print(" ".join(f"{key}={value}" for key, value in about.items()))
-    groups = {"stride 1": STRIDE_1, "small images": SMALL, "others": OTHERS}
+    shapes = dict(zip(parts, (STRIDE_1, SMALL, OTHERS), strict=False))
+    groups = {part: shapes[part] for part in arguments.parts if part in shapes}
     repeats = arguments.repeats
     if arguments.quick:
         groups, repeats = {"quick": QUICK}, 3
-    report: dict[str, Any] = {"command": sys.argv, "machine": about}
-    if not arguments.only_peers:
-        report |= tables(groups, repeats)
-    pythons = dict(text.split("=", 1) for text in arguments.peer_python)
-    report["peers"] = beside_peers(pythons, min(5, arguments.repeats))
-    if arguments.json:
-        write_json(Path(arguments.json), report)
+    out = Path(arguments.json) if arguments.json else None
+    report = json.loads(out.read_text()) if out and out.exists() else {}
+    report |= {"machine": about, **tables(groups, repeats)}
+    if any(_is_floor(shape) for shapes in groups.values() for shape in shapes):
+        report |= floor(report)
+    if "peers" in arguments.parts:
+        pythons = dict(text.split("=", 1) for text in arguments.peer_python)
+        report["peers"] = beside_peers(pythons, min(5, arguments.repeats))
+    if out:
+        write_json(out, report)
 
 
-def _is_floor(row: Any) -> bool:
-    return isinstance(row, dict) and tuple(row["shape"].values())[:3] == (64, 32, 3)
+def _is_floor(shape: Shape) -> bool:
+    return shape[:3] == (64, 32, 3) and shape.stride == 1
 
 
 if __name__ == "__main__":
