@@ -50,7 +50,7 @@ from .patch_geometry import (
     resolve_padding,
     windows,
 )
-from .patch_lags import add_lags
+from .patch_lags import add_lags, shares
 from .patch_slices import add_slices, held_examples, worth_halving
 from .patch_strips import Cut, add_strips, cut, piece_sizes
 
@@ -209,7 +209,7 @@ def _costs(conv: Conv) -> dict[str, float]:
     wide = how.conv.columns**2 * conv.groups if how.spread > 1 else 0
     # Neither pays, nor is its memory in proportion, where few patches have many columns.
     if 8 * wide < conv.rows * conv.columns * conv.groups:
-        costs["lags"] = _lags_cost(how) + 1.3e4 * wide
+        costs["lags"] = _lags_cost(conv, how) + 1.3e4 * wide
         costs["slices"] = _slices_cost(conv, how) + 38 * wide
     return costs
 
@@ -265,17 +265,21 @@ def _slices_cost(whole: Conv, how: Arranged) -> float:
     return 1.2e7 + gram + sums + copies + blocks
 
 
-def _lags_cost(how: Arranged) -> float:
+def _lags_cost(whole: Conv, how: Arranged) -> float:
     conv = how.conv
     along, each = axes(conv), conv.channels // conv.groups
     terms = math.prod(axis.signs.shape[-1] for axis in along)
-    cost = 7.8e7 + 1.6 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    *lengths, last = (axis.length for axis in along)
+    frequencies = math.prod(lengths) * (last // 2 + 1)
+    share = shares(whole, how, (terms, frequencies), conv.columns**2 * conv.groups, 4)
+    pieces = -(-conv.batch // share.examples)
+    cost = 7.9e7 + 2.5 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
         spectra = math.prod(axis.points.shape[1] for axis, at in pairs if at)
         spectra *= math.prod(axis.length for axis in full) * conv.channels
         lags = math.prod(len(axis.lags) for axis in full)
-        each_example = 250 + 300 / each + 2.85 * each
-        cost += spectra * (conv.batch * each_example + 13 * lags * each)
+        each_example = 244 + 300 / each + 2.7 * each
+        cost += spectra * (conv.batch * each_example + 7.7 * pieces * lags * each)
     return cost
