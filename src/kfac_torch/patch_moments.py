@@ -14,6 +14,8 @@ multiply-adds per row, or nearly half of them where the bands of `gram` pay.
 
 "strips" forms one kernel offset of the first dimension, or as many as the stride; products
 with the next such strips hold all the others, up to the borders: k₁(k₂C)² multiply-adds.
+Where channels are few it is that of several neighbouring patches, joined in the last
+dimension, which overlap: wider products, and fewer numbers to copy.
 
 "lags" (`patch_lags`): what two kernel offsets share depends on how far they are apart,
 up to the borders, and one Fourier transform gives all such lags.
@@ -46,6 +48,7 @@ from .patch_geometry import (
     axes,
     chosen_columns,
     describe,
+    joined,
     pad,
     resolve_padding,
     windows,
@@ -56,6 +59,8 @@ from .patch_strips import Cut, add_strips, cut, piece_sizes
 
 __all__ = ("mean_patch", "patch_second_moment", "patch_view", "resolve_padding")
 
+_MOST_JOINED = 8  # neighbouring patches
+_WORTH_JOINING = 0.93  # of the cost
 _METHODS = ("auto", "chunks", "strips", "lags", "slices")
 
 
@@ -184,8 +189,11 @@ def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor)
     """Put `PᵀP / (N T)` into a moment of zeros, a part of the flat spare memory."""
     how = arrange(conv)
     wide = moment
-    if method in ("chunks", "strips"):
-        add_strips(moment, inputs, conv, cut(conv, whole=method == "chunks"))
+    if method == "chunks":
+        add_strips(moment, inputs, conv, cut(conv, whole=True))
+        return
+    if method == "strips":
+        _add_strips(moment, inputs, conv)
         return
     if how.spread > 1:
         wide = moment.new_empty(conv.groups, how.conv.columns, how.conv.columns)
@@ -199,13 +207,53 @@ def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor)
         moment.copy_(wide[:, columns[:, None], columns])
 
 
+def _add_strips(moment: Tensor, inputs: Tensor, conv: Conv) -> None:
+    """Strips of joined patches: what each of these has is a part of their moment."""
+    number = _joined_number(conv)
+    if number == 1:
+        add_strips(moment, inputs, conv, cut(conv))
+        return
+    wider, k, s = joined(conv, number), conv.kernel[-1], conv.stride[-1]
+    wide = moment.new_zeros(conv.groups, wider.columns, wider.columns)
+    add_strips(wide, inputs, wider, cut(wider))
+    into, parts = (
+        matrix.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+        for matrix, size in ((moment, k), (wide, wider.kernel[-1]))
+    )
+    for i in range(0, number * s, s):
+        into += parts[:, :, i : i + k, :, i : i + k]
+    moment.div_(number)
+
+
+@functools.lru_cache(maxsize=256)
+def _joined_costs(conv: Conv) -> dict[int, float]:
+    """Expected costs of strips by how many neighbouring patches are joined."""
+    costs = {1: _strips_cost(conv, cut(conv))}
+    single = conv.groups == conv.dilation[-1] == 1
+    if single and len(conv.kernel) > 1 and conv.kernel[-1] > 1:
+        for number in range(2, _MOST_JOINED + 1):
+            wider = joined(conv, number)
+            # Its moment has to fit in beside the strips.
+            few = 24 * wider.columns**2 > conv.rows * conv.columns
+            if conv.out[-1] % number == 0 and not few:
+                parts = 1.5e7 + 190 * number * conv.columns**2
+                costs[number] = _strips_cost(wider, cut(wider)) + parts
+    return costs
+
+
+def _joined_number(conv: Conv) -> int:
+    costs = _joined_costs(conv)
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] < _WORTH_JOINING * costs[1] else 1
+
+
 @functools.lru_cache(maxsize=256)
 def _costs(conv: Conv) -> dict[str, float]:
     """Expected costs in multiply-adds of a large matmul, fitted on a CPU."""
     how, narrow = arrange(conv), cut(conv)
     costs = {"chunks": _strips_cost(conv, cut(conv, whole=True))}
     if narrow.count > 1:
-        costs["strips"] = _strips_cost(conv, narrow)
+        costs["strips"] = _joined_costs(conv)[_joined_number(conv)]
     wide = how.conv.columns**2 * conv.groups if how.spread > 1 else 0
     # Neither pays, nor is its memory in proportion, where few patches have many columns.
     if 8 * wide < conv.rows * conv.columns * conv.groups:
@@ -229,14 +277,15 @@ def _strips_cost(conv: Conv, how: Cut) -> float:
     if not zeros or pieces[1] > 1:
         ending = sum(size * widths[r + 1] for q in ends for r in ends[q:])
         products += 2 * pieces[1] * how.lag * ending
-    # Strips are copied in runs; small products, of each group, take longer.
+    # Strips are copied in runs; narrow products, and those of each group, take longer.
     runs = how.width * math.prod(conv.kernel[1:-1]) if len(sizes) > 1 else 1
-    each = 860 * runs + 10 * size + 1000 * (conv.groups > 1)
-    copies = rows * conv.groups * (o + pieces[1] * how.more) * each
-    copies += 24 * conv.batch * conv.channels * math.prod(conv.space)
-    calls = 5.3e5 * math.prod(pieces) * (len(_parts(size)) + how.count**2 - 1)
-    sorting = 260 * conv.columns**2 * conv.groups
-    return 2.2e7 + 1.1 * rows * conv.groups * products + copies + calls + sorting
+    copies = (o + pieces[1] * how.more) * (670 * runs + 1000 * (conv.groups > 1))
+    operands = 7.8 * o * (len(widths) * size + sum(widths))
+    each_row = 1.05 * products + copies + operands
+    fixed = 2.4e7 + 25 * conv.batch * conv.channels * math.prod(conv.space)
+    calls = 4.9e5 * math.prod(pieces) * (len(_parts(size)) + how.count**2 - 1)
+    sorting = 250 * conv.columns**2 * conv.groups
+    return fixed + rows * conv.groups * each_row + calls + sorting
 
 
 def _saved(columns: int) -> int:
