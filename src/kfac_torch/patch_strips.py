@@ -281,7 +281,7 @@ def _sort_columns(moment: Tensor, kernel: int) -> None:
     size = moment.shape[-1]
     if kernel in (1, size):
         return
-    if size**2 <= _SORTED:
+    if moment.numel() <= _SORTED:
         pairs = moment.unflatten(2, (kernel, -1)).unflatten(1, (kernel, -1))
         moment.copy_(pairs.permute(0, 2, 1, 4, 3).reshape(moment.shape))
         return
