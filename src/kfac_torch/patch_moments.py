@@ -322,7 +322,7 @@ def _lags_cost(whole: Conv, how: Arranged) -> float:
     frequencies = math.prod(lengths) * (last // 2 + 1)
     share = shares(whole, how, (terms, frequencies), conv.columns**2 * conv.groups, 4)
     pieces = -(-conv.batch // share.examples)
-    cost = 7.9e7 + 2.5 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    cost = 9e7 + 2.5 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
