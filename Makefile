@@ -1,7 +1,7 @@
 # make demo   watch K-FAC train beside SGD and AdamW (under a minute)
 # make test   the whole test suite
 # make check  what has to hold before a change lands: lint, types, imports, tests
-# make bench  some scripts of docs/benchmarks.md (five to fifteen minutes); make bench-long has the others
+# make bench  some scripts of docs/benchmarks.md (eight minutes, more on a busy machine); make bench-long has the others
 # Each door makes its own virtual environment; Python >= 3.11 and make are enough.
 PYTHON ?= python3
 VENV ?= .venv

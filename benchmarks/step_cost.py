@@ -15,6 +15,10 @@ Memory: the peak of a step of the classic kind, with statistics (and inverses) o
 and of one of SGD: the tensors alive before the step (weights, velocities, factors, batch)
 and the highest running sum of what the profiler sees of the CPU allocator. Scratch space of
 MKL and oneDNN is not seen. Random images; deeper nets beside that of T4.
+
+Batches (`--parts batches`, to a file of its own; `--sizes` measures some of them again):
+both ratios on T2 and T4 by the size of the batch, and beside them the highest peak of the
+steps 10 to 20 of a run on one batch, the data it is taken from not counted.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +40,9 @@ from memory import tensors
 from rivals import make_adamw, make_sgd
 from runs import machine, write_json
 from tasks import Task, load_task
-from tasks.fashion_conv import conv_net
+from tasks.base import shuffled_batches
+from tasks.data import load_idx
+from tasks.fashion_conv import TRAIN, conv_net
 from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -44,6 +51,8 @@ from kfac_torch import KFAC
 from kfac_torch.steps import PHASES
 
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"
+BY_BATCH = RESULTS.with_name("step_cost_batches.json")
+SIZES = (128, 512, 2048)
 ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99}
 SGD = {"reach": 0.1, "momentum": 0.9}
 # Task, kind, steps before and after which it is not counted.
@@ -58,14 +67,19 @@ def make_classic(loss: str, model: nn.Module) -> KFAC:
     return KFAC(model, loss, lr=0.03, damping=0.1)
 
 
+def makers(task: Task, kind: str) -> tuple[Callable[[nn.Module], Any], ...]:
+    """K-FAC of a kind, and what it is compared with."""
+    if kind == "automatic":
+        return partial(make_kfac, task), partial(make_adamw, settings=ADAMW)
+    return partial(make_classic, task.kfac_loss), partial(make_sgd, settings=SGD)
+
+
 def compare(task: Task, kind: str, first: int, last: int, seed: int) -> dict[str, Any]:
     """Train twins in turn; milliseconds per step of both, and of K-FAC by phase."""
     models = [task.make_model(seed) for _ in range(2)]
-    if kind == "automatic":
-        ours: Any = make_kfac(task, models[0])
-        other = make_adamw(models[1], ADAMW)
-    else:
-        ours, other = make_classic(task.kfac_loss, models[0]), make_sgd(models[1], SGD)
+    ours, other = (
+        make(model) for make, model in zip(makers(task, kind), models, strict=True)
+    )
     spent, wall = [0.0, 0.0], 0.0
     phases = dict.fromkeys(PHASES, 0.0)
     for step, (x, y) in enumerate(itertools.islice(task.batches(seed), last)):
@@ -149,6 +163,72 @@ def memory_of(net: str) -> dict[str, float]:
     )
 
 
+def of_size(task: Task, size: int, data_dir: Path | None) -> Task:
+    """T2 or T4 with batches of another size."""
+    if task.name == "T2":
+        x, _ = y, _ = load_idx("mnist", "train", data_dir)
+    else:
+        x, y = load_idx("fashion-mnist", "train", data_dir, TRAIN)
+    return replace(task, batches=shuffled_batches(x, y, size))
+
+
+def highest_peak(task: Task, make: Callable[[nn.Module], Any]) -> float:
+    """MiB alive at most in the steps 10 to 20 on one batch."""
+    data = tensors()[1]
+    x, y = next(task.batches(1))
+    model = task.make_model(1)
+    optimizer = make(model)
+    highest = 0
+
+    def step() -> None:
+        task.training_loss(model, x, y).backward()
+        optimizer.step()
+
+    for i in range(21):
+        if i < 10:
+            step()
+        else:
+            highest = max(highest, peak(step))
+        optimizer.zero_grad()
+    return round((highest - data) / 2**20, 2)
+
+
+def by_batch(
+    sizes: list[int], seeds: list[int], data_dir: Path | None, out: Path
+) -> dict[str, Any]:
+    """Ratios and peaks of T2 and T4 by the size of the batch, written one by one."""
+    report = json.loads(out.read_text()) if out.exists() else {"sizes": {}}
+    report |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    for size, (name, kind, first, last) in itertools.product(sizes, CASES):
+        if name in ("T2", "T4"):
+            task = of_size(load_task(name, data_dir), size, data_dir)
+            row = {
+                "peak_mib": [highest_peak(task, make) for make in makers(task, kind)],
+                "time": [compare(task, kind, first, last, seed) for seed in seeds],
+            }
+            report["sizes"].setdefault(str(size), {})[f"{name} {kind}"] = row
+            write_json(out, report)
+    return report
+
+
+def print_by_batch(report: dict[str, Any]) -> None:
+    """The table of batches in Markdown."""
+    print("\n| task | K-FAC against | batch | K-FAC ms | other ms | ratio ", end="")
+    print("| K-FAC peak MiB | other peak | ratio |")
+    print("| --- " * 9 + "|")
+    names = {name: None for rows in report["sizes"].values() for name in rows}
+    for name, size in itertools.product(names, sorted(report["sizes"], key=int)):
+        row = report["sizes"][size].get(name)
+        if row:
+            task, kind = name.split()
+            against = "automatic, AdamW" if kind == "automatic" else "classic, SGD"
+            ms = [statistics.median(run["ms"][i] for run in row["time"]) for i in range(2)]
+            ratio = middle([run["ratio"] for run in row["time"]])
+            ours, other = row["peak_mib"]
+            print(f"| {task} | {against} | {size} | {ms[0]:.1f} | {ms[1]:.1f} ", end="")
+            print(f"| {ratio} | {ours:.1f} | {other:.1f} | {ours / other:.2f} |")
+
+
 def middle(values: list[float], digits: int = 2) -> str:
     """Median [min-max]."""
     low, high = min(values), max(values)
@@ -187,9 +267,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parts = ["memory", "time"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parts = ["memory", "time", "batches"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2])
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--batches-out", type=Path, default=BY_BATCH)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     out: Path = arguments.out
@@ -204,7 +286,11 @@ def main() -> None:
             compare(task, kind, first, last, seed) for seed in arguments.seeds
         ]
         write_json(out, report)
-    print_tables(report)
+    if {"memory", "time"} & set(arguments.parts):
+        print_tables(report)
+    if "batches" in arguments.parts:
+        given = arguments.sizes, arguments.seeds, arguments.data_dir
+        print_by_batch(by_batch(*given, arguments.batches_out))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kfac_torch import gram, patch_lags, patch_moments, patch_strips
+from kfac_torch import gram, patch_lags, patch_moments, patch_slices, patch_strips
 from kfac_torch.patch_moments import patch_second_moment, resolve_padding
 
 METHODS = ["auto", "chunks", "strips", "lags", "slices"]
@@ -280,6 +280,49 @@ def test_strips_of_pieces_down_to_one_location(
     assert_agree(moment, formed(inputs, *case, groups, padding_mode=mode))
 
 
+@pytest.mark.parametrize("number", [2, 3, 6])
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3), (1, 1)), ((3, 5), (1, 2)), ((2, 2), (2, 3))]
+)
+@pytest.mark.parametrize(("groups", "mode"), [(1, "zeros"), (2, "zeros"), (1, "reflect")])
+def test_strips_of_joined_patches(
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    groups: int,
+    mode: str,
+) -> None:
+    width = 5 * stride[1] + kernel[1] - 3  # six locations
+    inputs = torch.randn(4, 4, 9, width, dtype=torch.float64)
+    case = (kernel, stride, ((1, 0), (2, 1)))
+    found = []
+
+    def forced(conv: Any) -> int:
+        found.append(conv.out[-1])
+        return number
+
+    monkeypatch.setattr(patch_moments, "_joined_number", forced)
+    more: dict[str, Any] = {"groups": groups, "padding_mode": mode}
+    moment = patch_second_moment(inputs, *case, method="strips", **more)
+    assert found == [6]
+    assert torch.equal(moment, moment.mT)
+    assert_agree(moment, formed(inputs, *case, (1, 1), groups, padding_mode=mode))
+    biased = patch_second_moment(inputs, *case, method="strips", has_bias=True, **more)
+    assert_agree(biased[..., :-1, :-1], moment)
+
+
+def test_stems_join_patches() -> None:
+    def number(channels: int, size: int, k: int, s: int) -> int:
+        inputs = torch.empty(32, channels, size, size)
+        sizes = {"kernel_size": k, "stride": s, "dilation": 1}
+        conv = patch_moments.describe(inputs, sizes, "SAME", 1, "zeros")
+        return patch_moments._joined_number(conv)
+
+    assert number(3, 224, 7, 2) == 4
+    assert number(64, 32, 3, 2) == 1
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 2), (2, 1)])
 def test_strips_wide_enough_for_bands(kernel: int, stride: int) -> None:
     inputs = torch.randn(2, 420 // (kernel * stride), 7, 6, dtype=torch.float64)
@@ -297,6 +340,28 @@ def test_inputs_that_are_patches(layout: torch.memory_format, channels: int) -> 
     moment = patch_second_moment(inputs.to(memory_format=layout), 1, method="chunks")
     assert torch.equal(moment, moment.mT)
     assert_agree(moment, rows.T @ rows / len(rows))
+
+
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize("channels", [5, 200])
+@pytest.mark.parametrize("held", [1, 5000, 2**20])
+def test_locations_that_are_apart(
+    monkeypatch: pytest.MonkeyPatch, size: int, channels: int, held: int
+) -> None:
+    monkeypatch.setattr(patch_strips, "_HELD_BYTES", held)
+    inputs = torch.randn(5, channels, size, size + 2, dtype=torch.float64)
+    rows = inputs[:, :, ::2, ::3].movedim(1, -1).flatten(0, 2)
+    moment = patch_second_moment(inputs, 1, (2, 3), method="chunks")
+    assert torch.equal(moment, moment.mT)
+    assert_agree(moment, rows.T @ rows / len(rows))
+
+
+def test_products_of_slices_with_themselves_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(3, 20, 6, 7, dtype=torch.float64)
+    whole = patch_second_moment(inputs, 3, padding=1, method="slices")
+    monkeypatch.setattr(patch_slices, "_HALVED", 0)
+    halved = patch_second_moment(inputs, 3, padding=1, method="slices")
+    assert_agree(halved, whole)
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -392,11 +457,13 @@ def test_auto_takes_what_pays() -> None:
     assert choice(256, 8, 128) == "lags"
     assert choice(3, 112, 16, k=7, s=2) == "strips"
     assert choice(64, 4, 512) == "slices"
-    assert choice(3, 32, 128) == "slices"
+    assert choice(1, 28, 128, k=5) == "slices"
+    assert choice(3, 32, 128) == "strips"
     assert choice(64, 32, 128, s=2) == "strips"
     assert choice(64, 16, 128, k=1, s=2) == "chunks"
     assert choice(64, 32, 128, k=1) == "chunks"
     assert choice(16, 4, 1) == "chunks"
+    assert choice(32, 7, 16) == choice(32, 7, 128) == "strips"
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -62,5 +62,5 @@ def test_all_that_is_dark_on_light_is_turned_in_the_dark(name, drawn):
 
 
 def test_the_numbers_that_are_written(drawn):
-    assert {"70", "453", "0.95", "refuses"} <= texts(drawn["patch_moments.svg"])
+    assert {"49", "1032", "1.1", "refuses"} <= texts(drawn["patch_moments.svg"])
     assert {"T2: MNIST autoencoder", "target 143.2"} <= texts(drawn["loss_by_steps.svg"])

@@ -5,29 +5,35 @@ times itself and those after it, `p` bands take `(p + 1)/2p` of the multiply-add
 
     C[i, j] = X_iᵀX_j  for bands i ≤ j,      C[j, i] = C[i, j]ᵀ
 
+Bands are 48 columns wide, the rows of a block that the matrix products of a CPU with
+AVX-512 make in registers, or twice as wide where there are many.
+
 Left out: fewer multiply-adds elsewhere than on a CPU, where a product of many rows is
 better left whole.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-_BANDS = 4
-_NARROWEST = 96  # columns of a band: below, a product is not worth splitting
+_WIDTH = 48  # of a band
+_MANY = 512  # columns from which it is twice that
+_FEWEST = 2**15  # numbers in a matrix: below, the calls take longer than what they save
 _CACHE_BYTES = 2**18
-_MIRRORED = 64  # columns that are mirrored at once
+_MIRRORED = 96  # columns that are mirrored at once
 
 
-def bands(columns: int, device: torch.device, narrowest: int = _NARROWEST) -> list[slice]:
-    """Bands of columns, the first ones of a size that suits vector registers.
+def bands(columns: int, device: torch.device, width: int | None = None) -> list[slice]:
+    """Bands of columns; one of all where they are fewer than two bands.
 
-    >>> [band.start for band in bands(400, torch.device("cpu"))]
-    [0, 112, 224, 336]
+    >>> [band.start for band in bands(200, torch.device("cpu"))]
+    [0, 48, 96, 144, 192]
     """
-    width = -(-columns // (16 * _BANDS)) * 16
-    if device.type != "cpu" or width < narrowest:
+    width = width or (_WIDTH if columns < _MANY else 2 * _WIDTH)
+    if device.type != "cpu" or columns < 2 * width:
         width = columns
     return [slice(i, min(i + width, columns)) for i in range(0, columns, width)]
 
@@ -39,8 +45,8 @@ def gram(rows: Tensor) -> Tensor:
     tensor([[10., 14.],
             [14., 20.]])
     """
-    parts = bands(rows.shape[-1], rows.device)
-    if len(parts) == 1:
+    parts = bands(rows.shape[-1], rows.device, 2 * _WIDTH)
+    if len(parts) == 1 or rows.numel() < _FEWEST:
         moment = rows.mT @ rows
         return moment.add_(moment.mT.clone()).div_(2)
     moment = rows.new_empty(rows.shape[-1], rows.shape[-1])
@@ -73,7 +79,14 @@ def mirror(moment: Tensor) -> None:
         band, rest = slice(i, i + _MIRRORED), slice(i + _MIRRORED, None)
         moment[:, rest, band] = moment[:, band, rest].mT
         square = moment[:, band, band]
-        square.copy_(square.triu() + square.triu(1).mT)
+        square.copy_(
+            torch.where(_below(square.shape[-1], moment.device), square.mT, square)
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _below(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
 
 
 def add_transpose(moment: Tensor) -> None:

@@ -161,6 +161,19 @@ def windows(x: Tensor, conv: Conv) -> Tensor:
     return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
 
+def joined(conv: Conv, number: int) -> Conv:
+    """Return the convolution that sees so many neighbouring patches at once.
+
+    Neighbours in the last dimension, undilated; its patches are those of all of them.
+    """
+    wide = conv.stride[-1] * (number - 1) + conv.kernel[-1]
+    return conv._replace(
+        kernel=(*conv.kernel[:-1], wide),
+        stride=(*conv.stride[:-1], conv.stride[-1] * number),
+        out=(*conv.out[:-1], conv.out[-1] // number),
+    )
+
+
 class Arranged(NamedTuple):
     """A convolution of stride 1 that sees the same patches, and more.
 

@@ -37,6 +37,7 @@ from .patch_geometry import Arranged, Conv, arranged, axes
 
 _SPECTRUM_BYTES = 24 * 2**20  # spectra that are held at once
 _SHORT = 48  # length up to which a product with a matrix is faster than an FFT
+_BAND = 64  # channels
 _SMALLEST_WORK = 2**16  # numbers in a piece of work, but for the next
 _CACHE_BYTES = 2**21  # pieces of work that should stay in the cache
 
@@ -107,40 +108,59 @@ def _transform(n: int, length: int, *, real: bool) -> Tensor:
     ).flatten(1)
 
 
+class _Share(NamedTuple):
+    """What is in memory at once."""
+
+    examples: int
+    work: int  # numbers in a piece of work
+    inside: bool  # whether spectra are in the spare memory
+
+
+def shares(
+    conv: Conv, how: Arranged, counts: tuple[int, int], spare: int, width: int
+) -> _Share:
+    """Split a sixth of the patches of `conv`, given so many spare numbers of a width.
+
+    Terms, a spectrum that does not fit in there and work on pieces of it take that; at
+    least a quarter of it is for the spectrum, where many terms meet few patches. Counted
+    are terms, and frequencies of the family without points.
+    """
+    (terms, frequencies), channels = counts, how.conv.channels
+    taken = terms * channels**2 // conv.groups
+    taken += conv.groups * how.conv.columns**2 if how.spread > 1 else 0
+    sixth = conv.rows * conv.columns * conv.groups // 6
+    free = max(sixth - taken, sixth // 4)
+    example = 2 * channels * frequencies
+    padded = 1 if any(map(any, how.pads)) else 0
+    copies = channels * math.prod(how.conv.space)
+    copies *= padded + (1 if how.spread > 1 else 0)
+    needed = example * min(conv.batch, _SPECTRUM_BYTES // width // example + 1)
+    inside = spare >= min(needed, 4 * free)  # little is left beside the terms
+    work = free // (12 if inside else 16)
+    work = max(1, min(_CACHE_BYTES // width, max(work, _SMALLEST_WORK)))
+    held = min(_SPECTRUM_BYTES // width, spare) // example if inside else free
+    if copies or not inside:
+        beside = copies if inside else copies + example
+        held = min(held, _SPECTRUM_BYTES // width // example, free * 3 // 4 // beside)
+    return _Share(min(max(1, held), conv.batch), work, inside)
+
+
 def add_lags(
     moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged, spare: Tensor
 ) -> None:
     """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there.
 
-    `spare` is flat memory to use before the moment is written: its own. Terms, a spectrum
-    that does not fit in there and work on pieces of it take a sixth of the patches of
-    `conv`; at least a quarter of that is for the spectrum, where many terms meet few
-    patches.
+    `spare` is flat memory to use before the moment is written: its own.
     """
     # Nothing in the families depends on the batch.
     families = _families(how.conv._replace(batch=1), moment.dtype, moment.device)
     counts = [math.prod(family.shape) for family in families]
     channels = how.conv.channels // conv.groups
     terms = moment.new_zeros(sum(counts), conv.groups * channels**2)
-
-    width = moment.element_size()
-    sixth = conv.rows * conv.columns * conv.groups // 6
-    taken = terms.numel() + (moment.numel() if how.spread > 1 else 0)
-    free = max(sixth - taken, sixth // 4)
-    example = 2 * how.conv.channels * families[0].inverse.shape[1]
-    padded = 1 if any(map(any, how.pads)) else 0
-    copies = how.conv.channels * math.prod(how.conv.space)
-    copies *= padded + (1 if how.spread > 1 else 0)
-    needed = example * min(conv.batch, _SPECTRUM_BYTES // width // example + 1)
-    inside = spare.numel() >= min(needed, 4 * free)  # little is left beside the terms
-    work = free // (12 if inside else 16)
-    work = max(1, min(_CACHE_BYTES // width, max(work, _SMALLEST_WORK)))
-    held = min(_SPECTRUM_BYTES // width, spare.numel()) // example if inside else free
-    if copies or not inside:
-        beside = copies if inside else copies + example
-        held = min(held, _SPECTRUM_BYTES // width // example, free * 3 // 4 // beside)
+    sizes = sum(counts), families[0].inverse.shape[1]
+    held, work, inside = shares(conv, how, sizes, spare.numel(), moment.element_size())
     spare = spare if inside else spare[:0]
-    for examples in inputs.tensor_split(-(-conv.batch // max(1, held))):
+    for examples in inputs.tensor_split(-(-conv.batch // held)):
         x = arranged(examples.to(moment.dtype), conv, how)
         x = torch.unflatten(x, 1, (conv.groups, channels))
         for family, part in zip(families, torch.split(terms, counts), strict=True):
@@ -172,7 +192,7 @@ def _add_family(
     """Add the correlations of x to terms, [points, lags, groups * C * C]."""
     a = b = _spectrum(x, family, work, spare)
     groups, channels = x.shape[1:3]
-    parts = bands(channels, x.device, narrowest=32)
+    parts = bands(channels, x.device, _BAND)
     if not family.hermitian:
         (_, first), *others = family.points.values()
         held = max(1, work * len(a) // a.numel())  # of the first dimension's points

@@ -14,6 +14,8 @@ multiply-adds per row, or nearly half of them where the bands of `gram` pay.
 
 "strips" forms one kernel offset of the first dimension, or as many as the stride; products
 with the next such strips hold all the others, up to the borders: k₁(k₂C)² multiply-adds.
+Where channels are few it is that of several neighbouring patches, joined in the last
+dimension, which overlap: wider products, and fewer numbers to copy.
 
 "lags" (`patch_lags`): what two kernel offsets share depends on how far they are apart,
 up to the borders, and one Fourier transform gives all such lags.
@@ -36,6 +38,7 @@ import math
 import torch
 from torch import Tensor
 
+from .gram import bands
 from .patch_geometry import (
     Arranged,
     Conv,
@@ -45,16 +48,19 @@ from .patch_geometry import (
     axes,
     chosen_columns,
     describe,
+    joined,
     pad,
     resolve_padding,
     windows,
 )
-from .patch_lags import add_lags
-from .patch_slices import add_slices, held_examples
+from .patch_lags import add_lags, shares
+from .patch_slices import add_slices, held_examples, worth_halving
 from .patch_strips import Cut, add_strips, cut, piece_sizes
 
 __all__ = ("mean_patch", "patch_second_moment", "patch_view", "resolve_padding")
 
+_MOST_JOINED = 8  # neighbouring patches
+_WORTH_JOINING = 0.93  # of the cost
 _METHODS = ("auto", "chunks", "strips", "lags", "slices")
 
 
@@ -183,8 +189,11 @@ def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor)
     """Put `PᵀP / (N T)` into a moment of zeros, a part of the flat spare memory."""
     how = arrange(conv)
     wide = moment
-    if method in ("chunks", "strips"):
-        add_strips(moment, inputs, conv, cut(conv, whole=method == "chunks"))
+    if method == "chunks":
+        add_strips(moment, inputs, conv, cut(conv, whole=True))
+        return
+    if method == "strips":
+        _add_strips(moment, inputs, conv)
         return
     if how.spread > 1:
         wide = moment.new_empty(conv.groups, how.conv.columns, how.conv.columns)
@@ -198,17 +207,57 @@ def _add(moment: Tensor, inputs: Tensor, conv: Conv, method: str, spare: Tensor)
         moment.copy_(wide[:, columns[:, None], columns])
 
 
+def _add_strips(moment: Tensor, inputs: Tensor, conv: Conv) -> None:
+    """Strips of joined patches: what each of these has is a part of their moment."""
+    number = _joined_number(conv)
+    if number == 1:
+        add_strips(moment, inputs, conv, cut(conv))
+        return
+    wider, k, s = joined(conv, number), conv.kernel[-1], conv.stride[-1]
+    wide = moment.new_zeros(conv.groups, wider.columns, wider.columns)
+    add_strips(wide, inputs, wider, cut(wider))
+    into, parts = (
+        matrix.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+        for matrix, size in ((moment, k), (wide, wider.kernel[-1]))
+    )
+    for i in range(0, number * s, s):
+        into += parts[:, :, i : i + k, :, i : i + k]
+    moment.div_(number)
+
+
+@functools.lru_cache(maxsize=256)
+def _joined_costs(conv: Conv) -> dict[int, float]:
+    """Expected costs of strips by how many neighbouring patches are joined."""
+    costs = {1: _strips_cost(conv, cut(conv))}
+    single = conv.groups == conv.dilation[-1] == 1
+    if single and len(conv.kernel) > 1 and conv.kernel[-1] > 1:
+        for number in range(2, _MOST_JOINED + 1):
+            wider = joined(conv, number)
+            # Its moment has to fit in beside the strips.
+            few = 24 * wider.columns**2 > conv.rows * conv.columns
+            if conv.out[-1] % number == 0 and not few:
+                parts = 1.5e7 + 190 * number * conv.columns**2
+                costs[number] = _strips_cost(wider, cut(wider)) + parts
+    return costs
+
+
+def _joined_number(conv: Conv) -> int:
+    costs = _joined_costs(conv)
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] < _WORTH_JOINING * costs[1] else 1
+
+
 @functools.lru_cache(maxsize=256)
 def _costs(conv: Conv) -> dict[str, float]:
     """Expected costs in multiply-adds of a large matmul, fitted on a CPU."""
     how, narrow = arrange(conv), cut(conv)
     costs = {"chunks": _strips_cost(conv, cut(conv, whole=True))}
     if narrow.count > 1:
-        costs["strips"] = _strips_cost(conv, narrow)
+        costs["strips"] = _joined_costs(conv)[_joined_number(conv)]
     wide = how.conv.columns**2 * conv.groups if how.spread > 1 else 0
     # Neither pays, nor is its memory in proportion, where few patches have many columns.
     if 8 * wide < conv.rows * conv.columns * conv.groups:
-        costs["lags"] = _lags_cost(how) + 1.3e4 * wide
+        costs["lags"] = _lags_cost(conv, how) + 1.3e4 * wide
         costs["slices"] = _slices_cost(conv, how) + 38 * wide
     return costs
 
@@ -224,15 +273,28 @@ def _strips_cost(conv: Conv, how: Cut) -> float:
     zeros = how.width == 1 and conv.padding_mode == "zeros" and any(conv.padding[0])
     missed = how.lag if zeros else 0
     products = sum(size * w * max(1, o - r * missed) for r, w in enumerate(widths))
-    products -= 0.37 * size * widths[0] * o if size >= 384 else 0  # half of one's own
+    products -= _saved(size) * o
     if not zeros or pieces[1] > 1:
         ending = sum(size * widths[r + 1] for q in ends for r in ends[q:])
         products += 2 * pieces[1] * how.lag * ending
-    # Small products, of each group, take longer.
-    strips = (o + pieces[1] * how.more) * (870 + 73 * size + 1000 * (conv.groups > 1))
-    calls = 5e5 * math.prod(pieces) * (12 + how.count**2)
-    sorting = 420 * conv.columns**2 * conv.groups
-    return 1.5e7 + rows * conv.groups * (products + strips) + calls + sorting
+    # Strips are copied in runs; narrow products, and those of each group, take longer.
+    runs = how.width * math.prod(conv.kernel[1:-1]) if len(sizes) > 1 else 1
+    copies = (o + pieces[1] * how.more) * (670 * runs + 1000 * (conv.groups > 1))
+    operands = 7.8 * o * (len(widths) * size + sum(widths))
+    each_row = 1.05 * products + copies + operands
+    fixed = 2.4e7 + 25 * conv.batch * conv.channels * math.prod(conv.space)
+    calls = 4.9e5 * math.prod(pieces) * (len(_parts(size)) + how.count**2 - 1)
+    sorting = 250 * conv.columns**2 * conv.groups
+    return fixed + rows * conv.groups * each_row + calls + sorting
+
+
+def _saved(columns: int) -> int:
+    """Multiply-adds, of each row, that bands save where it is multiplied with itself."""
+    return sum((part.stop - part.start) * part.start for part in _parts(columns))
+
+
+def _parts(columns: int) -> list[slice]:
+    return bands(columns, torch.device("cpu"))
 
 
 def _slices_cost(whole: Conv, how: Arranged) -> float:
@@ -240,28 +302,33 @@ def _slices_cost(whole: Conv, how: Arranged) -> float:
     each, others = conv.channels // conv.groups, math.prod(conv.space[1:])
     locations = sum(conv.space[0] - lag for lag in axis.lags.tolist())
     locations += axis.points.shape[1]
-    if each * others >= 384:
-        locations -= 0.37 * conv.space[0]  # half of a product with itself
+    held, width = min(conv.batch, held_examples(whole, how)), each * others
+    if worth_halving(held * conv.space[0], width):
+        locations -= conv.space[0] * _saved(width) / width**2
     pair, terms = conv.channels * each * others**2, axis.signs.shape[-1]
-    pieces = -(-conv.batch // held_examples(whole, how))
-    gram = 1.1 * conv.batch * locations * pair
-    sums = pieces * terms * (80 * pair + 2.5e6)
-    copies = 185 * conv.batch * conv.channels * conv.space[0] * others
-    blocks = 38 * conv.columns**2 * conv.groups * terms
-    return 2e7 + gram + sums + copies + blocks
+    pieces = -(-conv.batch // held)
+    gram = 1.2 * conv.batch * locations * pair
+    sums = pieces * terms * (80 * pair + 4.5e6)
+    copies = 80 * conv.batch * conv.channels * conv.space[0] * others
+    blocks = 40 * conv.columns**2 * conv.groups * terms
+    return 1.2e7 + gram + sums + copies + blocks
 
 
-def _lags_cost(how: Arranged) -> float:
+def _lags_cost(whole: Conv, how: Arranged) -> float:
     conv = how.conv
     along, each = axes(conv), conv.channels // conv.groups
     terms = math.prod(axis.signs.shape[-1] for axis in along)
-    cost = 8e7 + 1.6 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
+    *lengths, last = (axis.length for axis in along)
+    frequencies = math.prod(lengths) * (last // 2 + 1)
+    share = shares(whole, how, (terms, frequencies), conv.columns**2 * conv.groups, 4)
+    pieces = -(-conv.batch // share.examples)
+    cost = 9e7 + 2.5 * math.prod(conv.kernel) ** 2 * terms * conv.channels * each
     for at_points in itertools.product((False, True), repeat=len(along)):
         pairs = list(zip(along, at_points, strict=True))
         full = [axis for axis, at in pairs if not at]
         spectra = math.prod(axis.points.shape[1] for axis, at in pairs if at)
         spectra *= math.prod(axis.length for axis in full) * conv.channels
         lags = math.prod(len(axis.lags) for axis in full)
-        each_example = 276 + 500 / each + 3.2 * each
-        cost += spectra * (conv.batch * each_example + 8.2 * lags * each)
+        each_example = 244 + 300 / each + 2.7 * each
+        cost += spectra * (conv.batch * each_example + 7.7 * pieces * lags * each)
     return cost

@@ -23,8 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .gram import add_gram, add_transpose, bands, mirror
+from .gram import add_gram, add_transpose, mirror
 from .patch_geometry import Arranged, Conv, arranged, axes, reach
+
+_HALVED = 2**25  # multiply-adds of a product that is worth halving
 
 
 @functools.lru_cache(maxsize=256)  # a layer asks for the same ones at every step
@@ -75,6 +77,11 @@ def held_examples(conv: Conv, how: Arranged) -> int:
     return max(1, (sixth - taken) // example, conv.batch // 8)
 
 
+def worth_halving(rows: int, columns: int) -> bool:
+    """Whether a product of rows with themselves takes longer than the calls of `gram`."""
+    return rows * columns**2 > _HALVED
+
+
 def add_slices(moment: Tensor, inputs: Tensor, conv: Conv, how: Arranged) -> None:
     """Put `PᵀP / (N T)` of `how.conv` into a moment, whatever is there."""
     flat = how.conv._replace(batch=1)  # nothing here depends on the batch
@@ -106,7 +113,6 @@ def _add_blocks(
     groups, each = flat.groups, flat.channels // flat.groups
     n, others = flat.space[0], math.prod(flat.space[1:])
     width = each * others
-    banded = len(bands(width, blocks.device)) > 1
     products = blocks.new_empty(groups, width, width)
     buffer = blocks.new_empty(n * max(map(len, pieces)) * flat.channels * others)
     for examples in pieces:
@@ -116,7 +122,8 @@ def _add_blocks(
         for (first, number, other), block in zip(terms, blocks, strict=True):
             left = slices[first : first + number].flatten(0, 1).movedim(0, 2)
             right = slices[other : other + number].flatten(0, 1).movedim(0, 1)
-            if first == other and banded:
+            halved = blocks.device.type == "cpu" and worth_halving(left.shape[-1], width)
+            if first == other and halved:
                 add_gram(products.zero_(), left)
                 mirror(products)
             elif groups == 1:
