@@ -8,12 +8,12 @@ at the output, `N` the loss terms, `λ` the damping, `ℓ` the coefficient of a 
     M(w) = gᵀD w + ½ wᵀ (A + (ℓ + λ) DᵀD) w,     A = (1/N) (Bᵀ J D)ᵀ (Bᵀ J D)
 
 `A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass for
-all directions, or one each where an operation cannot do that, and no backward; an
-operation without a forward mode is differentiated backward twice. With `D = [p, δ_prev]`
-the minimiser is the step of Martens & Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7.
-The weights are solved for in float64 where the device has it, since the two directions
-tend to be nearly parallel. Left out: which directions (the optimizer's business), and how
-`λ` follows (`damping.py`).
+all directions, by the rules of `tangents.py` or by `torch.func`, or one each where an
+operation cannot do that, and no backward; an operation without a forward mode is
+differentiated backward twice. With `D = [p, δ_prev]` the minimiser is the step of Martens &
+Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The weights are solved for in float64
+where the device has it, since the two directions tend to be nearly parallel. Left out:
+which directions (the optimizer's business), and how `λ` follows (`damping.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from .fused import ComputeByParts
 from .loss_functions import LossFunction
+from .tangents import Dual, NoRule
 
 _LONG = 2**14  # elements from which on a copy costs more than a few calls
 
@@ -264,14 +265,7 @@ def _factor_products(
     weights: Sequence[TermWeights],
 ) -> list[tuple[Sequence[Tensor], Tensor | float]]:
     """`√coeff Bᵀ J d` of every direction, and the number of loss terms, for each loss."""
-    try:
-        if len(directions) == 1:
-            found = _one_by_one(forward, losses, params, directions)
-        else:
-            found = _together(forward, losses, params, directions)
-    except (NotImplementedError, RuntimeError):
-        # An operation that cannot do several at once, or not at all: this says which.
-        found = _one_by_one(forward, losses, params, directions)
+    found = _found(forward, losses, params, directions)
     result = list[tuple[Sequence[Tensor], Tensor | float]]()
     weights = [*weights, *[None] * (len(found) - len(weights))]
     # Here the losses have no tangents any more.
@@ -283,8 +277,50 @@ def _factor_products(
     return result
 
 
+def _found(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
+) -> Tangents:
+    """`J d` by the first way that the operations of the network can go."""
+    ways = (_by_rules, _together) if len(directions) > 1 else (_by_rules,)
+    for way in ways:
+        try:
+            return way(forward, losses, params, directions)
+        except (NotImplementedError, RuntimeError):
+            continue  # the last way says which operation
+    return _one_by_one(forward, losses, params, directions)
+
+
 Tangents: TypeAlias = "list[tuple[LossFunction, float, Sequence[Tensor]]]"
 """Every loss at the network output, its weight, and `J d` there for each direction."""
+
+
+def _by_rules(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
+) -> Tangents:
+    """One pass with all directions, most operations by the rules of `tangents.py`."""
+    device = next(iter(params.values())).device
+    if torch.is_autocast_enabled(device.type):
+        raise NoRule("autocast")
+    duals = {
+        name: Dual(p.detach(), [d[name].to(p.dtype) for d in directions])
+        for name, p in params.items()
+    }
+    result = list[tuple[LossFunction, float, Sequence[Tensor]]]()
+    with torch.no_grad():
+        for loss, coeff in losses(forward(duals)):
+            z: Any = loss.inputs
+            if isinstance(z, Dual):
+                result.append((loss.at(z.value), coeff, list(z.stacked())))
+            else:  # it depends on none of the parameters
+                nothing = [torch.zeros_like(z) for _ in directions]
+                result.append((loss.at(z), coeff, nothing))
+    return result
 
 
 def _together(
