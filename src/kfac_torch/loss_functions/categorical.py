@@ -133,7 +133,8 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         self, gradient: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """Return `−Σ (w p − g)ᵀ log p`, with `g = w (p − q)` and `q` the targets."""
-        p, log_p = self._p(), self._inputs.detach().log_softmax(self._class_dim)
+        log_p = self._inputs.detach().log_softmax(self._class_dim)
+        p = log_p.exp()
         targets = (p if weights is None else weights * p) - self._of_logits(gradient, p)
         return -torch.where(targets == 0, 0.0, targets * log_p).sum()
 
