@@ -19,7 +19,6 @@ which directions (the optimizer's business), and how `λ` follows (`damping.py`)
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +33,9 @@ from torch.overrides import TorchFunctionMode
 
 from .fused import ComputeByParts
 from .loss_functions import LossFunction
-from .tangents import Dual, NoRule
+from .tangents import Dual, NoRule, load_forward_mode
 
+_WIDE = (torch.float32, torch.float64)
 _LONG = 2**14  # elements from which on a copy costs more than a few calls
 
 Losses: TypeAlias = Callable[[Any], list[tuple[LossFunction, float]]]
@@ -171,14 +171,19 @@ def products(
 
 def _rows(parts: Sequence[Tensor]) -> list[Tensor]:
     """The tensors as rows; short ones of a kind are joined, for calls cost more there."""
-    rows = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
-    rows = [_accumulating(row).flatten() for row in rows]
+    long = list[Tensor]()
     short: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for row in rows:
+    for part in parts:
+        row = part.flatten() if part.dtype in _WIDE else _real(part).flatten()
         if row.numel() < _LONG:
             short.setdefault((row.device, row.dtype), []).append(row)
-    long = [row for row in rows if row.numel() >= _LONG]
+        else:
+            long.append(row)
     return long + [torch.cat(some) if len(some) > 1 else some[0] for some in short.values()]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return _accumulating(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
 
 
 def _accumulating(tensor: Tensor) -> Tensor:
@@ -226,7 +231,6 @@ def fisher_products(
     tensor([[1., 1.],
             [1., 2.]], dtype=torch.float64)
     """
-    _load_forward_mode()
     sums: list[Tensor] = []  # per loss of a network
     terms: list[Tensor | float] = []
     weights_of = itertools.chain(weights, itertools.repeat(()))
@@ -247,14 +251,6 @@ def fisher_products(
             "call of the model given to KFAC, in training mode, since the last step"
         )
     return torch.stack([s / n for s, n in zip(sums, terms, strict=True)]).sum(0)
-
-
-def _load_forward_mode() -> None:
-    with warnings.catch_warnings():
-        # The first use of forward mode loads parts of PyTorch that PyTorch deprecates.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _factor_products(
@@ -284,6 +280,7 @@ def _found(
     directions: Sequence[Mapping[str, Tensor]],
 ) -> Tangents:
     """`J d` by the first way that the operations of the network can go."""
+    load_forward_mode()
     ways = (_by_rules, _together) if len(directions) > 1 else (_by_rules,)
     for way in ways:
         try:

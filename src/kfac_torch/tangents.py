@@ -16,17 +16,30 @@ not be that of its forward), and what reaches for the numbers. Left out: what is
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .fused import REPLACEMENTS
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """Let PyTorch load what it needs for forward mode, once."""
+    with warnings.catch_warnings():
+        # The first use of forward mode loads parts of PyTorch that PyTorch deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class NoRule(NotImplementedError):
