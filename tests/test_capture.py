@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_torch.capture import Capture, Layer, source_grads
+from kfac_torch.capture import Capture, Layer
+from kfac_torch.source_grads import source_grads
 
 
 def net():

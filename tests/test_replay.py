@@ -1,8 +1,11 @@
 """Statistics on part of the batch: of just these examples, without a trace."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
 from kfac_torch import KFAC, FisherEstimator, KFACPreconditioner, LayerCollection
@@ -161,6 +164,111 @@ def test_another_estimator_on_the_model_does_not_see_it():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("mode", ["gradients", "curvature_prop", "exact"])
+@pytest.mark.parametrize("make", [plain, Noisy])
+def test_a_forward_of_its_own_finds_the_same(mode, make):
+    """The same targets too, in each of two micro-batches; and no trace is left."""
+    found = []
+    for rerun_above in (0, math.inf):
+        torch.manual_seed(1)
+        model = make()
+        estimator = watched(model, Statistics(mode=mode, rerun_above=rerun_above))
+        factors = [gather(estimator, model, *batch(), parts=2) for _ in range(3)]
+        found.append([factors, [torch.get_rng_state(), *model.buffers()]])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_forward_without_a_backward_of_its_own():
+    model, (x, _) = plain(), batch()
+    estimator = watched(model, Statistics(mode="exact", rerun_above=0))
+    for _ in range(2):
+        model(x)
+        estimator.update_covariances()
+        found = covariances(estimator)
+    estimator.release()
+    whole = watched(model, "exact")
+    model(x)
+    whole.update_covariances()
+    torch.testing.assert_close(found, covariances(whole), rtol=1e-12, atol=1e-14)
+
+
+def test_the_size_of_the_outputs_decides():
+    """Of all layers in bytes, here 12 rows of 5 and 3 numbers of 8."""
+    for limit, reruns in ((N * 8 * 8, 0), (N * 8 * 8 - 1, 1)):
+        model, calls = plain(), []
+        model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        estimator = watched(model, Statistics(rerun_above=limit))
+        gather(estimator, model, *batch())
+        assert len(calls) == 1 + reruns
+
+
+def test_a_large_micro_batch_after_a_small_one():
+    """Each counts once: the small one as it ran, the large one at the step."""
+    model, sizes = plain(), [3, N]
+    estimator = watched(model, Statistics(mode="exact", rerun_above=N * 8 * 8 - 1))
+    x, y = batch(sum(sizes))
+    for some, targets in zip(x.split(sizes), y.split(sizes), strict=True):
+        cross_entropy(model(some), targets).backward()
+    estimator.update_covariances()
+    found = covariances(estimator)
+    estimator.release()
+    expected = gather(watched(model, "exact"), model, x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_forward_of_its_own_lets_go_of_what_it_held():
+    """Neither all inputs nor all gradients are there when the last moments are made."""
+    model = nn.Sequential(
+        *(layer for _ in range(6) for layer in (nn.Linear(4, 4), nn.Tanh()))
+    )
+    assert most_alive(model, 0) <= 4 < 6 <= most_alive(model, math.inf)
+
+
+def most_alive(model, rerun_above):
+    """How many inputs and gradients of layers are there at once."""
+    estimator = watched(model, Statistics(rerun_above=rerun_above))
+    seen, counts = [], []
+
+    def watch(block):
+        moments = block.grad_moments
+
+        def counted(inputs, grads, *rest):
+            seen.extend(StorageWeakRef(t.untyped_storage()) for t in inputs + grads)
+            counts.append(sum(not known.expired() for known in seen))
+            return moments(inputs, grads, *rest)
+
+        block.grad_moments = counted
+
+    for block in estimator.blocks.values():
+        watch(block)
+    gather(estimator, model, torch.randn(40, 4), torch.randint(4, (40,)))
+    estimator.release()
+    return max(counts)
+
+
+@pytest.mark.parametrize("options", [{}, {**CLASSIC, "estimation_mode": PART}])
+def test_an_input_that_is_overwritten_is_an_error(options):
+    """Before the step; and nothing has changed then. Afterwards it may be."""
+    model, (x, y) = plain(), batch()
+    optimizer = KFAC(model, "categorical", **options)
+    for step in range(3):
+        x.normal_()
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        if step < 2:
+            optimizer.step()
+    x.normal_()
+    before = (
+        [param.clone() for param in model.parameters()],
+        covariances(optimizer.estimator),
+    )
+    with pytest.raises(RuntimeError, match="changed in place"):
+        optimizer.step()
+    after = list(model.parameters()), covariances(optimizer.estimator)
+    for olds, news in zip(before, after, strict=True):
+        assert all(torch.equal(old, new) for old, new in zip(olds, news, strict=True))
+
+
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_forwards_do_not_pile_up(num_steps):
     model = plain()
@@ -200,6 +308,9 @@ def test_a_bad_batch_enters_no_factor():
         ({"batch_fraction": 0.0}, r"Statistics: batch_fraction: expected a number in"),
         ({"min_terms": 0}, "Statistics: min_terms: expected an integer >= 1"),
         ({"mode": "empirical", "batch_fraction": 0.5}, "expected 1 in the empirical mode"),
+        ({"mode": "empirical", "rerun_above": 1}, "expected inf in the empirical mode"),
+        ({"rerun_above": -1}, "rerun_above: expected a number of bytes, 0 or more, got -1"),
+        ({"rerun_above": math.nan}, "rerun_above: expected a number of bytes"),
     ],
 )
 def test_options_that_there_are_not(options, message):

@@ -124,6 +124,10 @@ OPTIONS = {
         **CLASSIC,
         "estimation_mode": Statistics(batch_fraction=0.5),
     },
+    "statistics in a forward of their own": {
+        **CLASSIC,
+        "estimation_mode": Statistics(rerun_above=0),
+    },
     "a schedule": {"lr": 0.1, "damping": lambda step: 0.1 / (1 + step)},
     "adaptive": ADAPTIVE,
     # With steps on either side: the test sees to that.

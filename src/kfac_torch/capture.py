@@ -2,10 +2,10 @@
 
 Notation: `a` a layer call's input, `s` its output, `z` the network output. The root
 module's forward starts a tape, each layer's forward writes a call on it, the root's end
-hands the tape on; gradients with respect to every `s` are then one
-`torch.autograd.grad`, without weight gradients and without touching any `.grad`. An
-output is held as its edge in the graph, which survives an in-place activation behind it
-(of a view, the output of a linear layer over tokens, by handing on another tensor).
+hands the tape on; gradients with respect to every `s` are then one backward
+(`source_grads.py`). An output is held as its edge in the graph, which survives an
+in-place activation behind it (of a view, the output of a linear layer over tokens, by
+handing on another tensor).
 
 The root alone is hooked for good; layers are for the one forward that is recorded, so
 that other forwards cost nothing, and a compiled root runs that one uncompiled. Attention
@@ -20,7 +20,7 @@ Left out: what is done with the tape.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from .fused import ComputeByParts
 from .gradient_probe import GradientProbe
@@ -81,6 +82,8 @@ class RootCall:
         arrived: whether a backward has reached the network output.
         num_terms: the loss terms, once it has.
         autocast: the dtype of autocast, if it was on.
+        taken: whether its statistics were taken as it ran, not put off.
+        versions: of all tensors among the arguments, to see whether one is overwritten.
     """
 
     args: tuple[Any, ...]
@@ -90,6 +93,29 @@ class RootCall:
     arrived: bool = False
     num_terms: float = 0
     autocast: torch.dtype | None = None
+    taken: bool = False
+    versions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.versions = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        leaves = tree_leaves((self.args, self.kwargs))
+        return tuple(
+            leaf._version
+            for leaf in leaves
+            if isinstance(leaf, Tensor) and not leaf.is_inference()
+        )
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if an argument was overwritten since the forward began."""
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "KFAC.step(): what the model was called with has been changed in place, by "
+                "the model itself or before the step; expected it as it was, for the model "
+                "runs again on part of it. Call the model with a copy, or overwrite its "
+                "input after the step"
+            )
 
 
 @dataclass(eq=False)
@@ -122,6 +148,10 @@ class LayerCall:
         shape = self.output_shape  # features last, or second
         rows = shape[:-1].numel(), shape[:1].numel() * shape[2:].numel()
         return num_examples in (*shape[:-1], *rows)
+
+    def release(self) -> None:
+        """Let go of the input, which nobody needs any more."""
+        self.input = self.input.new_empty(0)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the input was overwritten after the call."""
@@ -286,6 +316,11 @@ class Capture:
         model = self._root()
         assert model is not None
         return model
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the input of a forward that is kept was overwritten."""
+        for call in [call for call in self.forwards if call.arrived] or self.forwards:
+            call.check_unchanged()
 
     @property
     def last_forward(self) -> RootCall | None:
@@ -487,58 +522,3 @@ def watch_gradient(tensor: Tensor, keep: Callable[[Tensor], None]) -> None:
             keep(grad.detach())
 
     tensor.register_hook(hook)
-
-
-def source_grads(
-    outputs: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    inputs: Sequence[Tensor | GradientEdge],
-) -> list[Tensor | None]:
-    """Return `Σ_i sources[i]ᵀ ∂outputs[i]/∂input` for every input, `[S, ...]`.
-
-    None where no output depends on an input. `sources[i] [S, *outputs[i].shape]` go
-    through the graph together; one by one where an operation in it cannot do that. The
-    graph is kept for the user's own backward.
-    """
-    if not inputs:
-        return []
-    if len(sources[0]) == 1:
-        grads = _grad(outputs, [source[0] for source in sources], inputs)
-        return [None if grad is None else grad.unsqueeze(0) for grad in grads]
-    try:
-        return _grad(outputs, sources, inputs, batched=True)
-    except RuntimeError:  # an operation without a batching rule for its backward
-        each = [
-            _grad(outputs, [source[s] for source in sources], inputs)
-            for s in range(len(sources[0]))
-        ]
-        return [
-            None if grads[0] is None else torch.stack(grads)
-            for grads in zip(*each, strict=True)
-        ]
-
-
-def _grad(
-    outputs: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    inputs: Sequence[Tensor | GradientEdge],
-    batched: bool = False,
-) -> list[Tensor | None]:
-    mixed: Any = list(inputs)  # tensors and edges together, which the stubs do not know
-    try:
-        grads = torch.autograd.grad(
-            list(outputs),
-            mixed,
-            list(sources),
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise RuntimeError(
-            "K-FAC takes gradients to the layers' outputs, which a torch.utils.checkpoint "
-            f"with use_reentrant=True does not give; use use_reentrant=False: {error}"
-        ) from error
-    return list(grads)

@@ -143,7 +143,7 @@ def step_costs(
     blocks: Iterable[FisherBlock],
     forward: float,
     stride: int | None,
-    takes_gradients: bool = True,
+    passes: int = 1,
     model_stride: int | None = None,
 ) -> StepCosts:
     """Return what the parts of a step take.
@@ -151,14 +151,14 @@ def step_costs(
     Args:
         blocks: those that have statistics count, with the rows of the last batch.
         forward: `c_f` of all layers: see `forward_cost`.
-        stride: `k`; above 1 statistics take a forward of their own.
-        takes_gradients: whether statistics take a backward, not the user's gradients.
+        stride: `k`.
+        passes: of statistics through `1/k` of the batch: a backward to the layers, maybe
+            after a forward of their own; none where the user's gradients make them.
         model_stride: `k_m`; None without a quadratic model.
     """
     ready = [block for block in blocks if block.last_rows is not None]
     factors = [factor for block in ready for factor in block.factors]
     k = stride or 1
-    passes = (2 if k > 1 else 1) * forward * takes_gradients
     moments = sum(f.moment_cost(b.last_rows or 0) for b in ready for f in b.factors)
     entries = _ENTRY * sum(math.prod(factor.kept_shapes[0]) for factor in factors)
     model = _MODEL * forward / model_stride if model_stride else 0.0
@@ -168,7 +168,7 @@ def step_costs(
         + sum(map(_product_cost, ready))
         + _LAYER * len(ready)
         + _STEP,
-        statistics=(passes + moments) / k + entries,
+        statistics=(passes * forward + moments) / k + entries,
         refresh=sum(map(_refresh_cost, factors)),
     )
 

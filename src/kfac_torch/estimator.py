@@ -237,8 +237,9 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
 
     def step_costs(self, forward: float, model_stride: int | None = None) -> StepCosts:
         """Return what a step takes like the last one that had statistics."""
-        blocks, k = self.blocks.values(), self._replays.stride
-        return step_costs(blocks, forward, k, not self.is_empirical, model_stride)
+        blocks, replays = self.blocks.values(), self._replays
+        passes = 0 if self.is_empirical else 2 if replays.deferring else 1
+        return step_costs(blocks, forward, replays.stride, passes, model_stride)
 
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""
@@ -272,6 +273,8 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
         if self._mode == "empirical":
             forward.calls = calls  # until the backward has been through the layers
             return
+        if self._replays.puts_off(forward, calls):
+            return
         flags = [~(z.detach().isnan() | z.detach().isposinf()).any() for z in outputs]
         finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
         self._finite = finite if self._finite is None else self._finite & finite
@@ -302,7 +305,7 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
                 )[None]
                 for z, part in attached
             ]
-            batch.add([z for z, _ in attached], sources)
+            batch.add([z for z, _ in attached], sources, last=forward.rerun)
         self._add_moments(batch.moments())
 
     def _draw(self, loss: LossFunction) -> Tensor:
@@ -507,6 +510,7 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
             "mode": self._mode,
             "stride": self._replays.stride,
             "replays": self._replays.taken,
+            "large": self._replays.large,
             "generator": self._generator and self._generator.get_state(),
             "generator_device": self._generator and self._generator.device.type,
             "loss_checked": self.loss_checked,
@@ -551,6 +555,7 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
             block.load_state_dict(state["blocks"][name])
         self._replays.stride = state["stride"]
         self._replays.taken = state["replays"]
+        self._replays.large = state.get("large", False)  # older states have none
         self.loss_checked = state["loss_checked"]
         self._user_loss = UserLoss(**state["user_loss"])
         self.ledger.load_state_dict(state["health"])

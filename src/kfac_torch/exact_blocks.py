@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .capture import LayerCall, source_grads
+from .capture import LayerCall
 from .fisher_blocks import EigenKroneckerFB, FisherBlock, KroneckerProductFB
 from .fisher_factors import DiagonalFactor
 from .loss_functions import LossFunction
 from .row_facts import RowFacts, is_diagonal
+from .source_grads import source_grads
 
 _CHUNK_BYTES = 64 * 2**20  # gradients of a chunk of sources
 _KEPT_BYTES = 256 * 2**20  # gradients of large blocks that are kept for the pairs

@@ -81,6 +81,7 @@ class Forward:
         outputs: every `z`, until they are used.
         arrived: whether a backward has reached one.
         cost: multiply-adds of the calls that were recorded.
+        rerun: whether it was run again for its statistics, so that its graph is ours.
     """
 
     parts: list[LossPart]
@@ -90,6 +91,7 @@ class Forward:
     outputs: list[Tensor] = field(default_factory=list)
     arrived: bool = False
     cost: float = 0.0
+    rerun: bool = False
 
     @property
     def num_terms(self) -> float:
@@ -237,7 +239,7 @@ class Forwards:
             if known is not None:
                 part.weights, terms = known
                 part.terms = float(terms)
-        forward.calls = calls
+        forward.calls, forward.rerun = calls, True
         forward.outputs = [z for _, z in self._losses.network_outputs(output)]
         self._take(forward)
 

@@ -380,6 +380,7 @@ class KFAC(NamedState):
                 self.estimator.check_loss(value)
                 written = self._recorder.is_due(self._schedule.num_steps)
                 if self._updates.modelled or adapts or written:
+                    self.estimator.capture.check_unchanged()
                     trial.batch = self.estimator.batch_loss()
                     self._check_told(trial)
                 grads, trial.num_terms = self._schedule.of_mean_loss(grads)

@@ -24,6 +24,7 @@ NORM_CONSTRAINT = 1e-3
 _AUTOMATIC = 0.85, 3, 6
 _CLASSIC = 0.95, 10, 10
 _EARLY_UPDATES = 10
+_LARGE = 32 * 2**20  # bytes of layers' outputs that a graph which is kept may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,13 @@ class Statistics:
             first batch counts in full.
         min_terms: loss terms that are left at least, where the batch has so many; k is
             smaller for that.
+        rerun_above: size of all layers' outputs in one forward, in bytes, above which the
+            model runs again for a whole batch too: its statistics then need no more
+            memory than the user's backward, and a forward more.
 
     Raises:
-        ValueError: a value out of range, or a part of the batch in `"empirical"` mode,
-            whose gradients are those of the user's own backward.
+        ValueError: a value out of range, or in `"empirical"` mode, whose gradients are
+            those of the user's own backward, a part of the batch or another forward.
 
     >>> Statistics(batch_fraction=0.25).stride(1000)
     4
@@ -101,15 +105,28 @@ class Statistics:
     mode: str = "gradients"
     batch_fraction: float = 1.0
     min_terms: int = 1
+    rerun_above: float = math.inf
 
     def __post_init__(self) -> None:
         check_choice("Statistics: mode", self.mode, ESTIMATION_MODES)
         _check_part("Statistics", self.batch_fraction, self.min_terms)
-        if self.mode == "empirical" and self.batch_fraction < 1:
+        if not self.rerun_above >= 0:
             raise ValueError(
-                "Statistics: batch_fraction: expected 1 in the empirical mode, which takes "
-                f"the gradients of the user's backward, got {self.batch_fraction!r}"
+                "Statistics: rerun_above: expected a number of bytes, 0 or more, got "
+                f"{self.rerun_above!r}"
             )
+        for name, never in (("batch_fraction", 1), ("rerun_above", math.inf)):
+            if self.mode == "empirical" and getattr(self, name) < never:
+                raise ValueError(
+                    f"Statistics: {name}: expected {never} in the empirical mode, which "
+                    "takes the gradients of the user's backward, got "
+                    f"{getattr(self, name)!r}"
+                )
+
+    @property
+    def may_rerun(self) -> bool:
+        """Whether the model may be run again for them."""
+        return self.batch_fraction < 1 or self.rerun_above < math.inf
 
     def stride(self, num_terms: float) -> int:
         """`k`: one example in so many of a batch with `num_terms` loss terms is used."""
@@ -195,11 +212,13 @@ class Pace:
     given (`free`) are the least there may be: `cost_model.py` lengthens them.
 
     >>> Pace.resolve(automatic=True)  # doctest: +NORMALIZE_WHITESPACE
-    Pace(statistics=Statistics(mode='gradients', batch_fraction=0.25, min_terms=128),
+    Pace(statistics=Statistics(mode='gradients', batch_fraction=0.25, min_terms=128,
+                               rerun_above=33554432),
          cov_ema_decay=0.85, cov_update_every=3, invert_every=6, early_updates=10,
          free=('statistics', 'inverses'))
     >>> Pace.resolve(automatic=True, estimation_mode="exact", cov_update_every=2)
-    Pace(statistics=Statistics(mode='exact', batch_fraction=1.0, min_terms=1),
+    Pace(statistics=Statistics(mode='exact', batch_fraction=1.0, min_terms=1,
+                               rerun_above=inf),
          cov_ema_decay=0.85, cov_update_every=2, invert_every=6, early_updates=0,
          free=('inverses',))
     """
@@ -229,7 +248,9 @@ class Pace:
         given = {"statistics": cov_update_every, "inverses": invert_every}
         decay, covs, inverses = _AUTOMATIC if automatic else _CLASSIC
         if estimation_mode is None:
-            estimation_mode = Statistics(batch_fraction=0.25, min_terms=128)
+            estimation_mode = Statistics(
+                batch_fraction=0.25, min_terms=128, rerun_above=_LARGE
+            )
         elif isinstance(estimation_mode, str):
             check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
             estimation_mode = Statistics(mode=estimation_mode)

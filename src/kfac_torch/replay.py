@@ -9,7 +9,7 @@ again, and buffers are put back. Left out: how large `k` is (`options.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from .capture import (
     set_random_state,
     uncompiled,
 )
-from .forwards import Forwards
+from .forwards import Forward, Forwards
 from .options import Statistics
 
 
@@ -96,6 +96,7 @@ def recorded_again(
 
     Buffers and random numbers are put back at the end: a backward may need the former.
     """
+    call.check_unchanged()
     args, kwargs = every_kth(call.args, call.kwargs, stride, start)
     device = next(model.parameters()).device
     now, buffers = random_state(device), list(model.buffers())
@@ -117,9 +118,10 @@ def recorded_again(
 class Replays:
     """Statistics on part of the batch, from forwards that are run again.
 
-    The first forward is recorded as it is, in full: how many loss terms a batch has is
-    seen there. From then on nothing is recorded while the user's model runs, where the
-    batch is large enough to be thinned out.
+    The first forward is recorded as it is: how many loss terms a batch has is seen there,
+    and how large the layers' outputs are. From then on nothing is recorded while the
+    user's model runs, where either is so large that statistics are put off until the step.
+    Those of the first batch are of all of it.
 
     Args:
         capture: of the model; it keeps the forwards.
@@ -127,6 +129,7 @@ class Replays:
 
     Attributes:
         stride: `k` of the last batch, None before the first.
+        large: whether the layers' outputs were too large for a graph that is kept.
         taken: how many times statistics were taken so.
         shared: whether somebody else clears the forwards that are kept.
     """
@@ -136,14 +139,29 @@ class Replays:
         self._statistics = statistics
         self.stride: int | None = None
         self.taken = 0
+        self.large = False
         self.shared = False
         self._done = False
-        capture.keep_forwards = statistics.batch_fraction < 1
+        capture.keep_forwards = statistics.may_rerun
 
     @property
     def deferring(self) -> bool:
         """Whether statistics are taken when the step comes, not as the model runs."""
-        return self.stride is not None and self.stride > 1
+        return self.large or (self.stride is not None and self.stride > 1)
+
+    def puts_off(self, forward: Forward, calls: Sequence[LayerCall]) -> bool:
+        """See whether statistics of a forward that was recorded have to wait.
+
+        Taken now they need its whole graph until the user's own backward is over; in a
+        forward of their own they hold no more than that backward does.
+        """
+        if forward.root is None:  # it is not kept, or is one that was run again
+            return False
+        size = sum(call.nbytes for call in calls)
+        large = size > self._statistics.rerun_above
+        self.large |= large
+        forward.root.taken = not large
+        return large
 
     def take(self, model: nn.Module, forwards: Forwards) -> None:
         """Take the statistics that were put off."""
@@ -151,10 +169,13 @@ class Replays:
             return
         self._done = True
         known = self._capture.forwards
-        start = self.taken + (self.stride or 1) // 2  # not where the quadratic model is
+        last = self.stride or 1
+        start = self.taken + last // 2  # not where the quadratic model is
         for call in [call for call in known if call.arrived] or known:
-            k = self._statistics.stride(call.num_terms) if call.arrived else self.stride
-            assert k is not None
+            if call.taken:
+                continue
+            thinned = call.arrived and self.stride is not None
+            k = self._statistics.stride(call.num_terms) if thinned else last
             weights = [thin_weights(pair, k, start) for pair in call.weights]
             again = recorded_again(self._capture, uncompiled(model), call, k, start)
             with again as (output, calls):
@@ -164,7 +185,7 @@ class Replays:
     def end(self) -> None:
         """See what the batch was like, when its statistics are used or forgotten."""
         self._done = False
-        if self._statistics.batch_fraction == 1:
+        if not self._statistics.may_rerun:
             return
         arrived = [call for call in self._capture.forwards if call.arrived]
         if arrived:

@@ -2,21 +2,24 @@
 
 Notation: a *source* is a gradient at the network output `z`, one of those whose second
 moments add up to the Fisher there; `s` a layer's output. Sources are carried to every
-`s` (or, for generic blocks, to the parameters) and handed to the blocks; many of them go
-together in one vectorised backward, as many as fit in a bounded buffer. Left out: which
-sources (the estimator's business).
+`s` (or, for generic blocks, to the parameters) and handed to the blocks. One that is alone
+is handed on layer by layer, as its backward passes them, so that the gradients of all
+layers are never held at once; many go together in one vectorised backward, as many as fit
+in a bounded buffer. Left out: which sources (the estimator's business).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .capture import Layer, LayerCall, source_grads
+from .capture import Layer, LayerCall
 from .fisher_blocks import FisherBlock, Moment
 from .loss_functions import LossFunction
+from .source_grads import source_grads, visit_source_grads
 
 _BUFFER_BYTES = 64 * 2**20  # gradients at layer outputs that are held at once
 _COLUMN_BYTES = 64 * 2**20  # sources at the network output that are held at once
@@ -58,15 +61,36 @@ class BatchMoments:
         # By block, and by the calls that a loss depends on: another loss may depend on
         # others. A moment is a mean over the rows of those calls.
         self._sums: dict[str, dict[tuple[int, ...], list[Tensor]]] = {}
+        self._found: dict[str, list[Moment]] = {}
 
-    def add(self, outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def add(
+        self, outputs: Sequence[Tensor], sources: Sequence[Tensor], *, last: bool = False
+    ) -> None:
         """Add one source, which has a part `sources[i] [1, *outputs[i].shape]` at every
         network output.
+
+        Of the `last` one of a forward that is nobody else's the graph and the layers'
+        inputs are let go as the backward passes them.
         """
         edges = [call.output for call in self._calls if call.output is not None]
-        grads = source_grads(outputs, sources, [*edges, *self._params])
-        self._add_calls(grads[: len(edges)])
-        self._add_params(grads[len(edges) :])
+        waiting: dict[str, dict[int, Tensor]] = {}
+
+        def visit(i: int, grad: Tensor) -> None:
+            name = self._calls[i].layer
+            used = waiting.setdefault(name, {})
+            used[i] = grad.detach()[None]
+            if len(used) == len(self._layers[name][1]):
+                self._add_layer(name, waiting.pop(name))
+                if last and self._inputs_are_large(name):
+                    self._finish(name)
+
+        alone, params = [source[0] for source in sources], self._params
+        grads = visit_source_grads(
+            outputs, alone, edges, params, visit, keep_graph=not last
+        )
+        self._add_params([None if grad is None else grad[None] for grad in grads])
+        for name, used in waiting.items():  # some calls have no part in the outputs
+            self._add_layer(name, used)
 
     def add_columns(self, z: Tensor, columns: Tensor) -> None:
         """Add the sources `columns [J, *z.shape]`, the same coordinate of every example."""
@@ -116,15 +140,21 @@ class BatchMoments:
             ]
         )
 
-    @torch.no_grad()
     def _add_calls(self, grads: Sequence[Tensor | None]) -> None:
-        for name, (block, indices) in self._layers.items():
+        for name, (_, indices) in self._layers.items():
             used = {i: grad for i in indices if (grad := grads[i]) is not None}
             if used:
-                if self._idle_rows and block.skips_idle_rows:
-                    self._see_rows(used)
-                covs = self._grads(block, self._inputs(tuple(used)), list(used.values()))
-                self._add(name, tuple(used), covs)
+                self._add_layer(name, used)
+
+    @torch.no_grad()
+    def _add_layer(self, name: str, used: Mapping[int, Tensor]) -> None:
+        """Add the gradients `[S, *s.shape]` of a layer's calls."""
+        block, _ = self._layers[name]
+        calls = tuple(sorted(used))
+        if self._idle_rows and block.skips_idle_rows:
+            self._see_rows(used)
+        grads = [used[i] for i in calls]
+        self._add(name, calls, self._grads(block, self._inputs(calls), grads))
 
     def _see_rows(self, grads: Mapping[int, Tensor]) -> None:
         for i, grad in grads.items():
@@ -154,32 +184,46 @@ class BatchMoments:
     @torch.no_grad()
     def moments(self) -> dict[str, list[Moment]]:
         """Return the moments of all factors by block; sources are summed."""
-        result = {}
-        for name, sums in self._sums.items():
-            block = self._generic.get(name) or self._layers[name][0]
-            used = {i for calls in sums for i in calls}
-            inputs = self._inputs(used)
-            rows = self._num_rows(block, used)
-            shares = [self._num_rows(block, calls) / rows for calls in sums]
-            grad_covs = [
-                torch.stack(
-                    [cov * share for cov, share in zip(each, shares, strict=True)]
-                ).sum(0)
-                if len(shares) > 1
-                else each[0]
-                for each in zip(*sums.values(), strict=True)
-            ]
-            if self._reached.keys() >= used and used:
-                inputs = [self._reached_rows(i) for i in sorted(used)]
-                reached = sum(tensor.shape[0] for tensor in inputs)
-                if not reached:
-                    continue
-                grad_covs = [cov * (rows / reached) for cov in grad_covs]
-                rows = reached
-            covs = [*block.input_moments(inputs), *grad_covs]
-            about = self._num_terms, block.num_uses(inputs), block.basis_version
-            result[name] = [Moment(cov, rows, *about) for cov in covs]
-        return result
+        for name in list(self._sums):
+            self._finish(name)
+        order = [*self._layers, *self._generic]
+        return {name: self._found[name] for name in order if name in self._found}
+
+    def _inputs_are_large(self, name: str) -> bool:
+        """Whether a layer's inputs take more memory than the moments made of them."""
+        block, indices = self._layers[name]
+        moments = sum(math.prod(factor.kept_shapes[0]) for factor in block.factors)
+        return sum(self._calls[i].input.numel() for i in indices) > moments
+
+    def _finish(self, name: str) -> None:
+        """Make the moments of a block, of which no source is to come."""
+        sums = self._sums.pop(name)
+        block = self._generic.get(name) or self._layers[name][0]
+        used = {i for calls in sums for i in calls}
+        inputs = self._inputs(used)
+        rows = self._num_rows(block, used)
+        shares = [self._num_rows(block, calls) / rows for calls in sums]
+        grad_covs = [
+            torch.stack([cov * share for cov, share in zip(each, shares, strict=True)]).sum(
+                0
+            )
+            if len(shares) > 1
+            else each[0]
+            for each in zip(*sums.values(), strict=True)
+        ]
+        if self._reached.keys() >= used and used:
+            inputs = [self._reached_rows(i) for i in sorted(used)]
+            reached = sum(tensor.shape[0] for tensor in inputs)
+            if not reached:
+                return
+            grad_covs = [cov * (rows / reached) for cov in grad_covs]
+            rows = reached
+        covs = [*block.input_moments(inputs), *grad_covs]
+        about = self._num_terms, block.num_uses(inputs), block.basis_version
+        self._found[name] = [Moment(cov, rows, *about) for cov in covs]
+        self._prepared = None
+        for i in used:
+            self._calls[i].release()
 
     def _num_rows(self, block: FisherBlock, used: set[int] | tuple[int, ...]) -> float:
         return block.num_rows(self._inputs(used), self._num_terms)
