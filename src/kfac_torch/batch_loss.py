@@ -107,5 +107,5 @@ class BatchLoss:
         """`g`, in float32 at least."""
         assert part.gradient is not None
         g = part.gradient.to(torch.promote_types(part.gradient.dtype, torch.float32))
-        g = g * ((1.0 if self._sums else terms) / (part.coeff * self._factor))
-        return g if self.scale is None else g / self.scale.to(g)
+        factor = (1.0 if self._sums else terms) / (part.coeff * self._factor)
+        return g * (factor if self.scale is None else factor / self.scale.to(g))

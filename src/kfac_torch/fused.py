@@ -54,7 +54,7 @@ class ComputeByParts(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call the function, or what replaces it; inside, the mode is off."""
-        replacement = _REPLACEMENTS.get(func)
+        replacement = REPLACEMENTS.get(func)
         if replacement is None:
             return func(*args, **(kwargs or {}))
         return replacement(self._record, *args, **(kwargs or {}))
@@ -257,7 +257,7 @@ def _cell(step: Step) -> Callable[..., Any]:
     return compute
 
 
-_REPLACEMENTS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+REPLACEMENTS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
     {
         F.multi_head_attention_forward: _attention,
         torch.rnn_tanh: _recurrent(_rnn_tanh_step),

@@ -77,11 +77,8 @@ class GradientNoise:
         """Return `β m + (1 − β) g`, of `m` in `average`; changes nothing."""
         if self.fraction is None:
             return [g.clone() for g in grads]
-        beta = self.fraction.clamp(max=_MAX_DECAY)
-        new = list(torch._foreach_sub(average, grads))
-        torch._foreach_mul_(new, beta.to(new[0]))
-        torch._foreach_add_(new, grads)
-        return new
+        share = 1 - self.fraction.clamp(max=_MAX_DECAY)
+        return [torch.lerp(m, g, share.to(g)) for m, g in zip(average, grads, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what restores it."""

@@ -149,9 +149,8 @@ class Schedule:
         if not self._collected:
             estimator.reset()
             return []
-        norms = torch._foreach_norm(grads)
-        flags = [norm.isfinite().to(norms[0].device) for norm in norms]
-        finite = torch.stack(flags).all() if flags else None
+        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads)]
+        finite = torch.stack(norms).isfinite().all() if norms else None
         forward_cost = estimator.forward_cost
         with estimator.capture.clock.phase("statistics"):
             decay = 1.0 if self.burning else None

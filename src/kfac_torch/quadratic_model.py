@@ -8,18 +8,17 @@ at the output, `N` the loss terms, `λ` the damping, `ℓ` the coefficient of a 
     M(w) = gᵀD w + ½ wᵀ (A + (ℓ + λ) DᵀD) w,     A = (1/N) (Bᵀ J D)ᵀ (Bᵀ J D)
 
 `A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass for
-all directions, or one each where an operation cannot do that, and no backward; an
-operation without a forward mode is differentiated backward twice. With `D = [p, δ_prev]`
-the minimiser is the step of Martens & Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7.
-The weights are solved for in float64 where the device has it, since the two directions
-tend to be nearly parallel. Left out: which directions (the optimizer's business), and how
-`λ` follows (`damping.py`).
+all directions, by the rules of `tangents.py` or by `torch.func`, or one each where an
+operation cannot do that, and no backward; an operation without a forward mode is
+differentiated backward twice. With `D = [p, δ_prev]` the minimiser is the step of Martens &
+Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The weights are solved for in float64
+where the device has it, since the two directions tend to be nearly parallel. Left out:
+which directions (the optimizer's business), and how `λ` follows (`damping.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,9 @@ from torch.overrides import TorchFunctionMode
 
 from .fused import ComputeByParts
 from .loss_functions import LossFunction
+from .tangents import Dual, NoRule, load_forward_mode
 
+_WIDE = (torch.float32, torch.float64)
 _LONG = 2**14  # elements from which on a copy costs more than a few calls
 
 Losses: TypeAlias = Callable[[Any], list[tuple[LossFunction, float]]]
@@ -170,14 +171,19 @@ def products(
 
 def _rows(parts: Sequence[Tensor]) -> list[Tensor]:
     """The tensors as rows; short ones of a kind are joined, for calls cost more there."""
-    rows = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
-    rows = [_accumulating(row).flatten() for row in rows]
+    long = list[Tensor]()
     short: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for row in rows:
+    for part in parts:
+        row = part.flatten() if part.dtype in _WIDE else _real(part).flatten()
         if row.numel() < _LONG:
             short.setdefault((row.device, row.dtype), []).append(row)
-    long = [row for row in rows if row.numel() >= _LONG]
+        else:
+            long.append(row)
     return long + [torch.cat(some) if len(some) > 1 else some[0] for some in short.values()]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return _accumulating(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
 
 
 def _accumulating(tensor: Tensor) -> Tensor:
@@ -225,7 +231,6 @@ def fisher_products(
     tensor([[1., 1.],
             [1., 2.]], dtype=torch.float64)
     """
-    _load_forward_mode()
     sums: list[Tensor] = []  # per loss of a network
     terms: list[Tensor | float] = []
     weights_of = itertools.chain(weights, itertools.repeat(()))
@@ -248,14 +253,6 @@ def fisher_products(
     return torch.stack([s / n for s, n in zip(sums, terms, strict=True)]).sum(0)
 
 
-def _load_forward_mode() -> None:
-    with warnings.catch_warnings():
-        # The first use of forward mode loads parts of PyTorch that PyTorch deprecates.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
-
-
 def _factor_products(
     forward: Callable[[Mapping[str, Tensor]], Any],
     losses: Losses,
@@ -264,14 +261,7 @@ def _factor_products(
     weights: Sequence[TermWeights],
 ) -> list[tuple[Sequence[Tensor], Tensor | float]]:
     """`√coeff Bᵀ J d` of every direction, and the number of loss terms, for each loss."""
-    try:
-        if len(directions) == 1:
-            found = _one_by_one(forward, losses, params, directions)
-        else:
-            found = _together(forward, losses, params, directions)
-    except (NotImplementedError, RuntimeError):
-        # An operation that cannot do several at once, or not at all: this says which.
-        found = _one_by_one(forward, losses, params, directions)
+    found = _found(forward, losses, params, directions)
     result = list[tuple[Sequence[Tensor], Tensor | float]]()
     weights = [*weights, *[None] * (len(found) - len(weights))]
     # Here the losses have no tangents any more.
@@ -283,8 +273,51 @@ def _factor_products(
     return result
 
 
+def _found(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
+) -> Tangents:
+    """`J d` by the first way that the operations of the network can go."""
+    load_forward_mode()
+    ways = (_by_rules, _together) if len(directions) > 1 else (_by_rules,)
+    for way in ways:
+        try:
+            return way(forward, losses, params, directions)
+        except (NotImplementedError, RuntimeError):
+            continue  # the last way says which operation
+    return _one_by_one(forward, losses, params, directions)
+
+
 Tangents: TypeAlias = "list[tuple[LossFunction, float, Sequence[Tensor]]]"
 """Every loss at the network output, its weight, and `J d` there for each direction."""
+
+
+def _by_rules(
+    forward: Callable[[Mapping[str, Tensor]], Any],
+    losses: Losses,
+    params: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
+) -> Tangents:
+    """One pass with all directions, most operations by the rules of `tangents.py`."""
+    device = next(iter(params.values())).device
+    if torch.is_autocast_enabled(device.type):
+        raise NoRule("autocast")
+    duals = {
+        name: Dual(p.detach(), [d[name].to(p.dtype) for d in directions])
+        for name, p in params.items()
+    }
+    result = list[tuple[LossFunction, float, Sequence[Tensor]]]()
+    with torch.no_grad():
+        for loss, coeff in losses(forward(duals)):
+            z: Any = loss.inputs
+            if isinstance(z, Dual):
+                result.append((loss.at(z.value), coeff, list(z.stacked())))
+            else:  # it depends on none of the parameters
+                nothing = [torch.zeros_like(z) for _ in directions]
+                result.append((loss.at(z), coeff, nothing))
+    return result
 
 
 def _together(

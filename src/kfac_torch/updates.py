@@ -303,7 +303,7 @@ class UpdateRule:
         weights, scales = self._limited(model, weights, total, trial)
         deltas = list(torch._foreach_mul(directions[0], weights[0]))
         for previous, weight in zip(directions[1:], weights[1:], strict=True):
-            torch._foreach_add_(deltas, torch._foreach_mul(previous, weight))
+            torch._foreach_addcmul_(deltas, previous, [weight] * len(previous))
         memory = [{"previous_update": delta} for delta in deltas]
         if self._qmodel.average_gradients:
             noise = noise.after(weights @ model.slopes, model.squared_norm(weights, 0.0))

@@ -98,9 +98,9 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
     ) -> Tensor:
         """Return `Σ w (A − zσ) + zg`, with `A = log(1 + e^z)` and `g = w (σ − y)`."""
         z = self._inputs.detach()
-        A = _times(weights, functional.softplus(z))
+        A, p = _times(weights, functional.softplus(z)), _times(weights, self._p())
         # Before the sum: where the fit is good, what cancels is far larger than the loss.
-        return torch.addcmul(A, z, gradient - _times(weights, self._p())).sum()
+        return A.addcmul_(z, p.sub_(gradient), value=-1).sum()
 
     def change_from_gradient(
         self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
@@ -108,8 +108,9 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """Return `Σ w (A(z') − A(z) − σ (z' − z)) + g (z' − z)`."""
         z = self._inputs.detach()
         moved = outputs - z
-        gap = functional.softplus(outputs) - functional.softplus(z) - self._p() * moved
-        return (_times(weights, gap) + gradient * moved).sum()
+        gap = functional.softplus(outputs) - functional.softplus(z)
+        gap = _times(weights, gap.addcmul_(self._p(), moved, value=-1))
+        return gap.addcmul_(gradient, moved).sum()
 
     def gradient_scale(
         self, gradient: Tensor, value: Tensor | float | None = None

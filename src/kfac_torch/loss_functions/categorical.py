@@ -75,8 +75,11 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         `(1 − ε) w_y + ε/K Σ_j w_j`.
         """
         dim, w = self._class_dim, self._class_weight
-        p = self._p()
         moved = (gradient != 0).any(dim, keepdim=True)
+        # To look costs nothing but on an accelerator.
+        if w is None and moved.device.type == "cpu" and moved.all():
+            return None
+        p = self._p()
         counts = moved | (p.amax(dim, keepdim=True) > _CERTAIN)
         counts = (counts | ~counts.any()).to(gradient.dtype)
         if w is None:
@@ -133,9 +136,14 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         self, gradient: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """Return `−Σ (w p − g)ᵀ log p`, with `g = w (p − q)` and `q` the targets."""
-        p, log_p = self._p(), self._inputs.detach().log_softmax(self._class_dim)
-        targets = (p if weights is None else weights * p) - self._of_logits(gradient, p)
-        return -torch.where(targets == 0, 0.0, targets * log_p).sum()
+        log_p = self._inputs.detach().log_softmax(self._class_dim)
+        # The gradient at logits has no sum over classes; that at log-probabilities has.
+        share = gradient.sum(self._class_dim, keepdim=True) + (
+            1 if weights is None else weights
+        )
+        targets = log_p.exp().mul_(share).sub_(gradient)
+        impossible = targets == 0  # with a log p of −Inf, maybe
+        return -targets.mul_(log_p).masked_fill_(impossible, 0.0).sum()
 
     def change_from_gradient(
         self, outputs: Tensor, gradient: Tensor, weights: Tensor | None = None
