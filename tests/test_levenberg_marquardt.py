@@ -391,6 +391,7 @@ def judged_by(losses, tried):
     [
         (1.0, {1.0: -1, 0.1: -2, 0.01: -1.5}, [1.0, 0.1, 0.01], 0.1),
         (1.0, {1.0: -1, 0.1: -1, 10.0: -2, 100.0: 3}, [1.0, 0.1, 10.0, 100.0], 10.0),
+        (1.0, {1.0: -1, 0.1: -1.09, 10.0: -1.11, 100.0: -1.2}, None, 10.0),  # a tenth
         (0.01, {0.01: -1, 0.1: -0.5}, [0.01, 0.1], 0.01),  # at the lower bound
         (1e-5, {0.01: 5, 0.1: 4, 1.0: 6}, [0.01, 0.1, 1.0], 0.1),  # below it
         (100.0, {100.0: -1, 10.0: math.nan}, [100.0, 10.0], 100.0),  # at the upper one
@@ -408,20 +409,26 @@ def test_trials_go_on_while_the_loss_is_less(start, losses, tried, found):
 
 @pytest.mark.parametrize("initial", [1e4, 1.0, 1e-4])
 @pytest.mark.parametrize("momentum_type", ["regular", "qmodel"])
-def test_trials_find_the_step_with_the_least_loss(momentum_type, initial):
-    """The step is bit for bit that with the λ given which is best of all at hand."""
+def test_trials_are_of_the_steps_that_would_be_taken(momentum_type, initial):
+    """The losses that choose are those behind the steps with every λ given."""
     model, (x, y) = linear(), batch()
     options = {"momentum_type": momentum_type, "norm_constraint": None}
-    losses = {}
-    for exponent in range(-6, 7):
+    changes, ends = {}, {}
+    before = functional.cross_entropy(model(x), y).item()
+    for damping in [float(f"1e{exponent}") for exponent in range(-6, 7)]:
         twin = copy.deepcopy(model)
-        other = make(twin, damping=10.0**exponent, **options)
+        other = make(twin, damping=damping, **options)
         other.step(closure_of(twin, other, x, y))
-        losses[functional.cross_entropy(twin(x), y).item()] = vector(twin)
-    rule = {"trial_steps": 1, "min_damping": 1e-6, "max_damping": 1e6}
-    optimizer = make(model, {**rule, "initial": initial}, **options)
+        changes[damping] = functional.cross_entropy(twin(x), y).item() - before
+        ends[damping] = vector(twin)
+    rule = {"min_damping": 1e-6, "max_damping": 1e6, "initial": initial}
+    found = best(LevenbergMarquardt(**rule), initial, judged_by(changes, []))
+    assert found < initial or initial < 1e4
+    optimizer = make(model, {**rule, "trial_steps": 1}, **options)
     optimizer.step(closure_of(model, optimizer, x, y))
-    torch.testing.assert_close(vector(model), losses[min(losses)], rtol=1e-9, atol=1e-12)
+    assert optimizer.last_step.damping == found
+    end = ends[float(f"{found:.9g}")]
+    torch.testing.assert_close(vector(model), end, rtol=1e-9, atol=1e-12)
 
 
 def test_trials_are_of_the_first_steps_alone():

@@ -186,9 +186,9 @@ class LevenbergMarquardt:
             one in a row forgets velocities as well. None takes no step back. Costs an
             evaluation of the loss and a copy of the parameters in every step.
         trial_steps: in so many first steps λ, taken into its bounds, goes down or up by
-            factors of 10 as long as the loss of the batch is less after the step with it.
-            Every such trial costs a refresh, a step and an evaluation of the loss; there
-            are three or four in a step, and one more for each factor that λ moves.
+            factors of 10 as long as each makes the change of the batch's loss better by a
+            tenth of it. Every trial costs a refresh, a step and an evaluation of the loss;
+            there are three in a step, and one more for each factor that λ moves up.
 
     Raises:
         ValueError: a value out of range.
