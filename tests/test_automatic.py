@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -384,6 +385,7 @@ OPTIONS = {
     "adam": {"lr": 0.3, "damping": rule(), "momentum_type": "adam"},
     "a model without limits": {"momentum_type": "qmodel", "damping": rule()},
     "l2": {"damping": RelativeDamping(rule(l2_reg=0.05))},
+    "trials": {"lr": 0.3, "damping": rule(trial_steps=2)},
 }
 
 
@@ -659,6 +661,8 @@ def test_the_unit_of_damping_is_the_mean_curvature_at_the_start():
 )
 @pytest.mark.parametrize("lr", [None, 0.1])
 def test_relative_damping_has_every_form(given, expected, lr):
+    if given is None and lr is None:
+        given = RelativeDamping(replace(RelativeDamping().damping, trial_steps=0))
     model = plain()
     optimizer = KFAC(model, "categorical", lr=lr, damping=given)
     train(model, optimizer, batches(2))

@@ -465,6 +465,15 @@ def test_a_load_that_fails_leaves_them(monkeypatch):
     assert other._schedule.plan is before
 
 
+@pytest.mark.parametrize("given", [None, 6])
+def test_where_a_refresh_is_dear_there_are_no_trials_of_damping(given):
+    model = wide()
+    optimizer = KFAC(model, "categorical", approx="ekfac", invert_every=given)
+    step(model, optimizer, batch())
+    assert (optimizer.intervals.inverses > 6) == (given is None)
+    assert optimizer._updates.rule.trial_steps == (0 if given is None else 2)
+
+
 def test_a_rule_at_another_interval_has_the_same_factor():
     rule = LevenbergMarquardt(initial=1.0, decay=0.85, interval=6)
     assert rule.every(6) == rule

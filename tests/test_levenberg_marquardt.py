@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from kfac_torch import KFAC, LayerCollection, LevenbergMarquardt
+from kfac_torch.damping_search import best
 from kfac_torch.loss_functions import CategoricalLogitsNegativeLogProbLoss
 from kfac_torch.refresh_schedule import Refresh
+from kfac_torch.trials import Judgement
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -67,6 +69,8 @@ def test_a_ratio_to_nothing_counts_as_bad():
         ({"min_damping": 2.0, "max_damping": 1.0}, "min_damping: expected"),
         ({"reject_below": 0.3}, "reject_below: expected None or a number <= 0.25, below"),
         ({"reject_below": math.nan}, "reject_below: expected None or a number"),
+        ({"trial_steps": -1}, "trial_steps: expected an integer >= 0, got -1"),
+        ({"trial_steps": 1.5}, "trial_steps: expected an integer >= 0, got 1.5"),
         ({"l2_reg": -1.0}, "l2_reg: expected a finite number >= 0"),
     ],
 )
@@ -365,6 +369,80 @@ def test_calibration_waits_for_the_end_of_burn_in():
     assert optimizer.last_step.damping < 1e3
 
 
+# Trials at the first steps.
+
+
+def judged_by(losses, tried):
+    """The change of the loss by λ, from a table; where it is None, no ratio is known."""
+
+    def judged(damping):
+        tried.append(damping)
+        change = losses[float(f"{damping:.9g}")]
+        if change == "not finite":
+            return None, damping
+        rho = None if change is None else 1.0
+        return Judgement(None, rho, True, change or 0.0), damping
+
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("start", "losses", "tried", "found"),
+    [
+        (1.0, {1.0: -1, 0.1: -2, 0.01: -1.5}, [1.0, 0.1, 0.01], 0.1),
+        (1.0, {1.0: -1, 0.1: -1, 10.0: -2, 100.0: 3}, [1.0, 0.1, 10.0, 100.0], 10.0),
+        (1.0, {1.0: -1, 0.1: -1.09, 10.0: -1.11, 100.0: -1.2}, None, 10.0),  # a tenth
+        (0.01, {0.01: -1, 0.1: -0.5}, [0.01, 0.1], 0.01),  # at the lower bound
+        (1e-5, {0.01: 5, 0.1: 4, 1.0: 6}, [0.01, 0.1, 1.0], 0.1),  # below it
+        (100.0, {100.0: -1, 10.0: math.nan}, [100.0, 10.0], 100.0),  # at the upper one
+        (1e9, {100.0: 5, 10.0: 6}, [100.0, 10.0], 100.0),
+        (1.0, {1.0: "not finite", 0.1: "not finite", 10.0: 7, 100.0: 8}, None, 10.0),
+        (1.0, {1.0: None, 0.1: None, 10.0: None}, None, 1.0),
+    ],
+)
+def test_trials_go_on_while_the_loss_is_less(start, losses, tried, found):
+    rule = LevenbergMarquardt(initial=1.0, min_damping=0.01, max_damping=100.0)
+    those = []
+    assert best(rule, start, judged_by(losses, those)) == pytest.approx(found)
+    assert those == pytest.approx(tried or list(losses))
+
+
+@pytest.mark.parametrize("initial", [1e4, 1.0, 1e-4])
+@pytest.mark.parametrize("momentum_type", ["regular", "qmodel"])
+def test_trials_are_of_the_steps_that_would_be_taken(momentum_type, initial):
+    """The losses that choose are those behind the steps with every λ given."""
+    model, (x, y) = linear(), batch()
+    options = {"momentum_type": momentum_type, "norm_constraint": None}
+    changes, ends = {}, {}
+    before = functional.cross_entropy(model(x), y).item()
+    for damping in [float(f"1e{exponent}") for exponent in range(-6, 7)]:
+        twin = copy.deepcopy(model)
+        other = make(twin, damping=damping, **options)
+        other.step(closure_of(twin, other, x, y))
+        changes[damping] = functional.cross_entropy(twin(x), y).item() - before
+        ends[damping] = vector(twin)
+    rule = {"min_damping": 1e-6, "max_damping": 1e6, "initial": initial}
+    found = best(LevenbergMarquardt(**rule), initial, judged_by(changes, []))
+    assert found < initial or initial < 1e4
+    optimizer = make(model, {**rule, "trial_steps": 1}, **options)
+    optimizer.step(closure_of(model, optimizer, x, y))
+    assert optimizer.last_step.damping == found
+    end = ends[float(f"{found:.9g}")]
+    torch.testing.assert_close(vector(model), end, rtol=1e-9, atol=1e-12)
+
+
+def test_trials_are_of_the_first_steps_alone():
+    model, (x, y) = linear(), batch()
+    optimizer = make(model, {"trial_steps": 2, "interval": 50}, momentum_type="qmodel")
+    counts = []
+    for _ in range(4):
+        closure = closure_of(model, optimizer, x, y)
+        optimizer.step(closure)
+        counts.append(len(closure.calls))
+    assert min(counts[:2]) >= 3  # the first call is the step's own
+    assert counts[2:] == [1, 1]
+
+
 # Errors and state.
 
 
@@ -406,7 +484,7 @@ def test_a_closure_that_does_not_return_the_loss(value):
 def test_resuming_is_bit_for_bit(momentum_type):
     batches = [batch() for _ in range(9)]
     options = {
-        "rule": {"interval": 2, "calibrate": True},
+        "rule": {"interval": 2, "calibrate": True, "trial_steps": 2},
         "momentum_type": momentum_type,
         "estimation_mode": "gradients",
         "num_burnin_steps": 2,

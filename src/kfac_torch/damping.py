@@ -11,7 +11,8 @@ says how λ follows the reduction ratio of a step (section 6.5 there; `ω` is it
 
     ρ = (loss(θ + δ) − loss(θ)) / predicted change,   λ ← λ/ω if ρ < ¼,   λω if ρ > ¾
 
-Left out: how a change is predicted (`quadratic_model.py`).
+Left out: how a change is predicted (`quadratic_model.py`), and what trials find
+(`damping_search.py`).
 """
 
 from __future__ import annotations
@@ -184,6 +185,10 @@ class LevenbergMarquardt:
             steps remember are then bit for bit what they were, and λ rises. The second
             one in a row forgets velocities as well. None takes no step back. Costs an
             evaluation of the loss and a copy of the parameters in every step.
+        trial_steps: in so many first steps λ, taken into its bounds, goes down or up by
+            factors of 10 as long as each makes the change of the batch's loss better by a
+            tenth of it. Every trial costs a refresh, a step and an evaluation of the loss;
+            there are three in a step, and one more for each factor that λ moves up.
 
     Raises:
         ValueError: a value out of range.
@@ -203,6 +208,7 @@ class LevenbergMarquardt:
     include_damping: bool = False
     calibrate: bool = False
     reject_below: float | None = None
+    trial_steps: int = 0
 
     def __post_init__(self) -> None:
         check_damping(self.initial, "LevenbergMarquardt: initial")
@@ -226,6 +232,11 @@ class LevenbergMarquardt:
                 "reject_below",
                 self.reject_below is None or self.reject_below <= low,
                 f"None or a number <= {low}, below which λ rises",
+            ),
+            (
+                "trial_steps",
+                isinstance(self.trial_steps, int) and self.trial_steps >= 0,
+                "an integer >= 0",
             ),
         ):
             if not good:
@@ -319,7 +330,12 @@ class RelativeDamping:
 
     damping: float | Callable[[int], float] | LevenbergMarquardt = field(
         default_factory=lambda: LevenbergMarquardt(
-            initial=0.1, min_damping=1e-3, decay=0.85, interval=6
+            initial=0.1,
+            min_damping=1e-3,
+            max_damping=1.0,
+            decay=0.85,
+            interval=6,
+            trial_steps=2,
         )
     )
 

@@ -33,6 +33,7 @@ from .capture import uncompiled
 from .construction import complete, loss_taken_back, param_groups, regroup
 from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
+from .damping_search import MAX_ADAPTATIONS, best, settled
 from .estimator import FisherEstimator
 from .gradient_noise import GradientNoise
 from .health import Health
@@ -58,10 +59,9 @@ from .recording import Recorder, watch_scale
 from .refresh_schedule import Refresh, check_device
 from .rejection import Before
 from .steps import StepRecord
-from .trials import Trial
+from .trials import Judgement, Trial
 from .updates import UpdateRule
 
-_MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 # What the state has of the optimizer's own attributes.
 _KEPT = ("_calibrated", "_told", "damping_unit")
 
@@ -464,7 +464,7 @@ class KFAC(NamedState):
         self._schedule.at_once = at_once
         due = self._schedule.refresh_due
         given = self.param_groups[0]["damping"]
-        for attempt in range(_MAX_ADAPTATIONS):
+        for attempt in range(MAX_ADAPTATIONS):
             if not due:
                 return
             try:
@@ -473,7 +473,7 @@ class KFAC(NamedState):
             except torch.linalg.LinAlgError as error:
                 # No damping mends a NaN.
                 hopeless = isinstance(error, NotFiniteError)
-                last = attempt == _MAX_ADAPTATIONS - 1
+                last = attempt == MAX_ADAPTATIONS - 1
                 if self._updates.rule is None or hopeless or last:
                     self.param_groups[0]["damping"] = given
                     raise
@@ -494,8 +494,8 @@ class KFAC(NamedState):
         if not params:
             self._update_inverses()
             return []
-        if rule and rule.calibrate and not self._calibrated:
-            self._calibrate(rule, params, grads, trial)
+        if rule is not None:
+            self._search(rule, params, grads, trial)
         self._update_inverses()
         due = rule is not None and rule.judges(self._schedule.num_steps + 1)
         if rule and rule.reject_below is not None:
@@ -526,37 +526,35 @@ class KFAC(NamedState):
         )
         return []
 
-    def _calibrate(
+    def _search(
         self,
         rule: LevenbergMarquardt,
         params: list[Tensor],
         grads: list[Tensor],
         trial: Trial,
     ) -> None:
-        """Adapt λ on one batch until it settles or turns round; the larger one is kept."""
-        before = [p.clone() for p in params]
-        group, last = self.param_groups[0], 0.0
-        for _ in range(_MAX_ADAPTATIONS):
+        """Try λs on the batch, where the rule wants that, and take one; nothing moves."""
+        group = self.param_groups[0]
+
+        def judged(damping: float) -> tuple[Judgement | None, float]:
+            self._set_damping(damping)
             self._update_inverses(at_once=True)
             step = self._updates.propose(params, grads, True, trial)
             if not step.finite:
-                return
+                return None, group["damping"]
+            before = [p.clone() for p in params]
             try:
                 torch._foreach_add_(step.params, step.deltas)
-                rho = trial.judge(step, rule).rho
+                return trial.judge(step, rule), group["damping"]
             finally:
                 torch._foreach_copy_(params, before)
-            if rho is None:
-                return
-            old = group["damping"]
-            new = rule.update(old, rho)
-            if (new - old) * last < 0:
-                new = max(new, old)
-            self._set_damping(new)
-            if new == old or (new - old) * last < 0:
-                break
-            last = new - old
-        self._calibrated = True
+
+        damping = group["damping"]
+        if rule.calibrate and not self._calibrated:
+            damping, self._calibrated = settled(rule, damping, judged)
+        if self._schedule.num_steps < rule.trial_steps and trial.can_judge:
+            damping = best(rule, damping, judged)
+        self._set_damping(damping)
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and the gradients.

@@ -184,9 +184,14 @@ class Schedule:
             self.plan = RefreshPlan(self._estimator.blocks, self._refresh)
 
     def paced(self, rule: LevenbergMarquardt) -> LevenbergMarquardt:
-        """Return a rule that adapts λ when inverses are refreshed, if that became rarer."""
+        """Return a rule that adapts λ when inverses are refreshed, if that became rarer.
+
+        Then it has no trials either: each is a refresh, which is what became too dear.
+        """
         every = self.intervals.inverses
-        return rule.every(every) if every > self._least.inverses else rule
+        if every <= self._least.inverses:
+            return rule
+        return replace(rule.every(every), trial_steps=0)
 
     def refresh(self) -> None:
         """Refresh the inverses that are due, or begin to, and let those come in that were

@@ -37,11 +37,13 @@ class Judgement:
         new_loss: per loss term; None where it is not known.
         rho: the change of the loss over the predicted one; None where that is not known.
         finite: whether the new loss is, or where only its change is known, that.
+        change: of the loss; in an unknown unit where `rho` is None.
     """
 
     new_loss: Tensor | float | None
     rho: float | None
     finite: bool
+    change: float
 
 
 class Trial:
@@ -143,7 +145,7 @@ class Trial:
         numbers = torch.stack([torch.as_tensor(x).to(predicted_change) for x in read])
         change, predicted, known, level = numbers.tolist()
         rho = None if math.isnan(known) else rule.ratio(change, predicted)
-        return Judgement(new, rho, math.isfinite(level))
+        return Judgement(new, rho, math.isfinite(level), change)
 
     def _told_change(self) -> Tensor:
         now = random_state(self._device)
