@@ -185,10 +185,11 @@ class LevenbergMarquardt:
             steps remember are then bit for bit what they were, and λ rises. The second
             one in a row forgets velocities as well. None takes no step back. Costs an
             evaluation of the loss and a copy of the parameters in every step.
-        trial_steps: in so many first steps λ, taken into its bounds, goes down or up by
-            factors of 10 as long as each makes the change of the batch's loss better by a
-            tenth of it. Every trial costs a refresh, a step and an evaluation of the loss;
-            there are three in a step, and one more for each factor that λ moves up.
+        trial_steps: in so many first steps λ, taken into its bounds, goes down by factors
+            of 10 as long as the loss of the batch is less after the step with it, or if it
+            never was up, as long as the change of the loss is better by a tenth of it.
+            Every trial costs a refresh, a step and an evaluation of the loss; there are
+            three in a step, and more where λ is far off.
 
     Raises:
         ValueError: a value out of range.

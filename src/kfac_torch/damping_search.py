@@ -18,7 +18,7 @@ from .trials import Judgement
 
 MAX_ADAPTATIONS = 100  # of λ within one step: from 1 to 1e-8 at .95⁵ takes 72
 _TRIAL_FACTOR = 10.0
-_WORTH_IT = 0.1  # of the change of the loss: less says little of the steps to come
+_WORTH_RISING = 0.1  # of the change of the loss: λ falls by itself, and rises not
 
 Judged: TypeAlias = Callable[[float], "tuple[Judgement | None, float]"]
 """Of λ: what the loss tells of its step, None where that is not finite, and the λ that was
@@ -50,7 +50,8 @@ def best(rule: LevenbergMarquardt, damping: float, judged: Judged) -> float:
     """Return the λ after whose step the loss is least: of tenths, else of tenfolds.
 
     From `damping`, taken into the bounds of the rule, by factors of 10 downward as long as
-    that makes the change of the loss better by a tenth of it; if it never did, upward.
+    the loss is less for it; if it never was, upward, as long as the change of the loss is
+    better by a tenth of it.
 
     >>> def judged(damping):
     ...     return Judgement(None, 1.0, True, abs(math.log10(damping) + 2) - 5), damping
@@ -73,9 +74,10 @@ def best(rule: LevenbergMarquardt, damping: float, judged: Judged) -> float:
     for factor in (1 / _TRIAL_FACTOR, _TRIAL_FACTOR):
         while True:
             new = bounded(chosen * factor)
-            found = change(new) if new != chosen else math.inf
-            margin = _WORTH_IT * abs(least) if math.isfinite(least) else 0.0
-            if not found < least - margin:
+            at_bound = math.isclose(new, chosen, rel_tol=1e-6)
+            found = math.inf if at_bound else change(new)
+            margin = _WORTH_RISING * abs(least)
+            if not found < (least - margin if margin < math.inf and factor > 1 else least):
                 break
             chosen, least = new, found
         if chosen != start:
