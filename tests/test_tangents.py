@@ -6,7 +6,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from kfac_torch.tangents import Dual
+from kfac_torch.loss_functions import NormalMeanNegativeLogProbLoss
+from kfac_torch.quadratic_model import fisher_products
+from kfac_torch.tangents import Dual, NoRule, one_pass
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -46,6 +48,11 @@ OPERATIONS = {
     "joined": lambda x: torch.cat([x, 2 * x, SQUARE]) @ torch.stack([x, x])[0].mT,
     "without a rule": lambda x: x.exp().cumsum(1).logsumexp(0) + F.silu(x).mean(),
     "what stays": lambda x: x.contiguous().to(x.dtype).float().double() * x,
+    "to the type of another": lambda x: (SQUARE > 1).to(x)[0] * x + SQUARE.float().to(x)[1],
+    "layer norm, bias alone": lambda x: F.layer_norm(x, (4,), None, SQUARE[0]),
+    "numbers of another type": lambda x: (
+        x.sum() * SQUARE.float() + x.sum() / SQUARE.float()
+    ),
     "cut": lambda x: x.detach() * x + torch.where(x > 0, x * x, x),
 }
 
@@ -162,10 +169,115 @@ def set_part(x):
         lambda x: x.unsqueeze(0).T,
     ],
 )
-@torch.no_grad()
 def test_what_cannot_be_followed_is_refused(f):
     x = torch.randn(3, 4)
     before = x.clone()
     with pytest.raises((NotImplementedError, RuntimeError)):
         f(Dual(x, torch.randn(2, 3, 4)))
     assert torch.equal(x, before)
+
+
+class Another(torch.Tensor):
+    """Its own class may mean anything."""
+
+
+def in_autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x * 2
+
+
+def of_a_gradient(x):
+    t = torch.ones(3, 4, requires_grad=True)
+    return torch.autograd.grad((x.tanh() * t.tanh()).sum(), t, allow_unused=True)[0]
+
+
+def changed_without_gradient(x):
+    with torch.no_grad():
+        x.mul_(2)
+    return x
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        in_autocast,
+        of_a_gradient,
+        changed_without_gradient,
+        lambda x: F.embedding(torch.tensor([0, 1]), x, max_norm=0.1),
+        lambda x: x * torch.ones(4).as_subclass(Another),
+    ],
+)
+def test_what_would_be_followed_wrongly_is_refused(f):
+    x = torch.randn(3, 4)
+    before = x.clone()
+    with pytest.raises(NoRule), one_pass() as current:
+        f(Dual(x, torch.randn(2, 3, 4), current))
+    assert torch.equal(x, before)
+
+
+def test_a_refusal_is_remembered_where_the_model_catches_it():
+    with pytest.raises(NoRule, match="caught"), one_pass() as current:
+        x = Dual(torch.ones(2), torch.ones(1, 2), current)
+        try:
+            x.sum().item()
+        except (NotImplementedError, RuntimeError):
+            x = x * 3
+
+
+def test_there_is_no_derivative_without_gradients():
+    x, d, buffer = torch.randn(3, 4), torch.randn(2, 3, 4), torch.ones(4)
+    with one_pass() as current:
+        dual = Dual(x, d, current)
+        with torch.no_grad():
+            cut = dual * dual
+            buffer.mul_(0.5).add_(dual.mean(0))
+        y = dual * cut + buffer
+    torch.testing.assert_close(y.value, x**3 + 0.5 + x.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y.stacked(), d * x**2, rtol=1e-12, atol=1e-12)
+    assert type(cut) is torch.Tensor
+
+
+def test_what_is_kept_of_a_pass_is_its_value():
+    with one_pass() as current:
+        kept = Dual(torch.ones(2), torch.ones(1, 2), current) * 2
+    assert kept.tolist() == [2.0, 2.0]
+    assert torch.equal(kept + torch.cat([kept]), torch.full((2,), 4.0))
+    assert type(torch.stack([kept])) is torch.Tensor
+    with one_pass() as current:
+        x = Dual(torch.ones(2), torch.ones(3, 2), current)
+        assert torch.equal((x * kept).stacked(), torch.full((3, 2), 2.0))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dropout_draws_as_it_does_without_derivatives(transposed):
+    x, d = torch.randn(6, 4), torch.randn(2, 6, 4)
+    before = torch.get_rng_state()
+    expected = F.dropout(x.T if transposed else x, 0.5)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    dual = Dual(x, d)
+    y = F.dropout(dual.T if transposed else dual, 0.5)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(y.value, expected)
+    kept = expected != 0
+    along = (d.mT if transposed else d) * kept * 2
+    torch.testing.assert_close(y.stacked(), along, rtol=0, atol=0)
+
+
+class Stumbling(nn.Linear):
+    """Raises what no operation of PyTorch's would where its weight is not a tensor."""
+
+    def forward(self, x):
+        assert type(self.weight) in (torch.Tensor, nn.Parameter)
+        return super().forward(x)
+
+
+def test_any_error_of_the_rules_leaves_it_to_the_other_ways():
+    model, x = Stumbling(2, 1, bias=False).double(), torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    A = fisher_products(
+        [lambda params: functional_call(model, params, (x,))],
+        lambda z: [(NormalMeanNegativeLogProbLoss(z, var=1.0), 1.0)],
+        {"weight": model.weight},
+        [{"weight": d} for d in torch.eye(2).unsqueeze(1)],
+    )
+    torch.testing.assert_close(A, x.T @ x / 2, rtol=1e-12, atol=1e-12)

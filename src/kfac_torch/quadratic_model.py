@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from .fused import ComputeByParts
 from .loss_functions import LossFunction
-from .tangents import Dual, NoRule, load_forward_mode
+from .tangents import Dual, NoRule, load_forward_mode, one_pass
 
 _WIDE = (torch.float32, torch.float64)
 _LONG = 2**14  # elements from which on a copy costs more than a few calls
@@ -281,12 +281,15 @@ def _found(
 ) -> Tangents:
     """`J d` by the first way that the operations of the network can go."""
     load_forward_mode()
-    ways = (_by_rules, _together) if len(directions) > 1 else (_by_rules,)
-    for way in ways:
+    try:
+        return _by_rules(forward, losses, params, directions)
+    except Exception:  # a model may stumble over a Dual in any way
+        pass  # what is wrong without one is said below
+    if len(directions) > 1:
         try:
-            return way(forward, losses, params, directions)
+            return _together(forward, losses, params, directions)
         except (NotImplementedError, RuntimeError):
-            continue  # the last way says which operation
+            pass  # the last way says which operation
     return _one_by_one(forward, losses, params, directions)
 
 
@@ -304,19 +307,20 @@ def _by_rules(
     device = next(iter(params.values())).device
     if torch.is_autocast_enabled(device.type):
         raise NoRule("autocast")
-    duals = {
-        name: Dual(p.detach(), [d[name].to(p.dtype) for d in directions])
-        for name, p in params.items()
-    }
     result = list[tuple[LossFunction, float, Sequence[Tensor]]]()
-    with torch.no_grad():
-        for loss, coeff in losses(forward(duals)):
-            z: Any = loss.inputs
-            if isinstance(z, Dual):
-                result.append((loss.at(z.value), coeff, list(z.stacked())))
-            else:  # it depends on none of the parameters
-                nothing = [torch.zeros_like(z) for _ in directions]
-                result.append((loss.at(z), coeff, nothing))
+    with one_pass() as current:
+        duals = {
+            name: Dual(p.detach(), [d[name].to(p.dtype) for d in directions], current)
+            for name, p in params.items()
+        }
+        found = losses(forward(duals))
+    for loss, coeff in found:
+        z: Any = loss.inputs
+        if isinstance(z, Dual):
+            result.append((loss.at(z.value.detach()), coeff, list(z.stacked().detach())))
+        else:  # it depends on none of the parameters
+            nothing = [torch.zeros_like(z) for _ in directions]
+            result.append((loss.at(z.detach()), coeff, nothing))
     return result
 
 

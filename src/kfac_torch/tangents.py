@@ -9,16 +9,22 @@ A `Dual` is both; an operation on one gives another:
 
 What has no rule here goes through `torch.func.jvp` by itself. Such a transformation of a
 whole net costs more per call, which is most of the time where tensors are small, and takes
-the directions as copies in one tensor. Whatever these rules cannot follow raises a
-`NoRule`: what changes a value in place, a custom `autograd.Function` (whose derivative need
-not be that of its forward), and what reaches for the numbers. Left out: what is done then.
+the directions as copies in one tensor. Under `torch.no_grad` there is no derivative, as in
+a backward. Whatever these rules cannot follow raises a `NoRule`: what changes a value in
+place, a custom `autograd.Function` (whose derivative need not be that of its forward),
+autocast, tensors of other classes, and what reaches for the numbers; a `Pass` remembers it
+even where the model catches it. Left out: what is done then, and models that ask for
+`type(x)`, which is not `Tensor` here.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -46,12 +52,48 @@ class NoRule(NotImplementedError):
     """These rules cannot follow an operation."""
 
 
+@dataclass(eq=False)
+class Pass:
+    """One run of a model by these rules.
+
+    Args:
+        refused: whether an operation could not be followed.
+        over: whether the model has returned.
+    """
+
+    refused: bool = False
+    over: bool = False
+
+
+@contextmanager
+def one_pass() -> Iterator[Pass]:
+    """Follow a model by rules; to what it keeps afterwards a `Dual` is its value alone.
+
+    Gradients are enabled, so that a `no_grad` of the model's is seen. What it has compiled
+    runs as written, not to be compiled anew for every pass.
+
+    Raises:
+        NoRule: an operation was refused, and the model went on without it.
+    """
+    compiled = "torch._dynamo" in sys.modules
+    eager: Any = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    current = Pass()
+    try:
+        with torch.enable_grad(), eager:
+            yield current
+    finally:
+        current.over = True
+    if current.refused:
+        raise NoRule("an operation was refused, and the model caught it")
+
+
 class Dual(Tensor):
     """A value and its derivatives; has no numbers of its own.
 
     Args:
         value: `x`.
         tangents: `ẋ [k, *x.shape]`, or one tensor for each direction.
+        made_in: the pass that it is of, if any; what follows from it is of the same.
 
     >>> x = Dual(torch.tensor([1.0, 2.0]), torch.eye(2))
     >>> y = x * x + 1
@@ -62,15 +104,22 @@ class Dual(Tensor):
 
     value: Tensor
     tangents: Tensor | Sequence[Tensor]
+    made_in: Pass | None
 
     @staticmethod
-    def __new__(cls, value: Tensor, tangents: Tensor | Sequence[Tensor]) -> Dual:
+    def __new__(
+        cls,
+        value: Tensor,
+        tangents: Tensor | Sequence[Tensor],
+        made_in: Pass | None = None,
+    ) -> Dual:
         """Make a tensor with the shape and the type of `x`, but no storage."""
         make: Any = Tensor._make_wrapper_subclass  # the stubs do not have it
         dual = make(
             cls, value.shape, value.stride(), dtype=value.dtype, device=value.device
         )
         dual.value, dual.tangents = value, tangents
+        dual.made_in = made_in
         return dual
 
     def stacked(self) -> Tensor:
@@ -84,26 +133,94 @@ class Dual(Tensor):
     ) -> Any:
         """Follow an operation by its rule, or by itself."""
         kwargs = kwargs or {}
-        # Within the forward of an `autograd.Function` forward mode is off.
-        if not torch._C._is_fwd_grad_enabled():
-            raise NoRule(f"{func}: within an autograd.Function")
-        rule = _RULES.get(func)
-        if rule is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                try:
-                    found = rule(func, *args, **kwargs)
-                except TypeError:  # arguments by names that the rule does not have
-                    found = NotImplemented
-            if found is not NotImplemented:
-                return found
-        return _by_itself(func, args, kwargs)
+        duals = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, Dual)]
+        if any(map(_is_over, duals)):
+            args, kwargs = pytree.tree_map(
+                lambda x: x.value if _is_over(x) else x, (args, dict(kwargs))
+            )
+            return func(*args, **kwargs)
+        current = duals[0].made_in if duals else None
+        try:
+            found = _follow(func, types, args, kwargs)
+        except Exception:
+            if current is not None:
+                current.refused = True
+            raise
+        if current is not None:
+            for x in (found,) if isinstance(found, Tensor) else pytree.tree_leaves(found):
+                if isinstance(x, Dual):
+                    x.made_in = current
+        return found
 
     @classmethod
     def __torch_dispatch__(  # pyrefly: ignore[bad-override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Refuse what has not come through `__torch_function__`."""
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        duals = [x for x in leaves if isinstance(x, Dual)]
+        if all(map(_is_over, duals)):
+            args, kwargs = pytree.tree_map(_value, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        for x in duals:
+            if x.made_in is not None:
+                x.made_in.refused = True
         raise NoRule(f"{func}: from where its derivative is not known")
+
+
+def _is_over(x: Any) -> bool:
+    """Whether the pass that a `Dual` was made in is over: a model has kept it."""
+    return isinstance(x, Dual) and x.made_in is not None and x.made_in.over
+
+
+def _follow(func: Any, types: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    # Within the forward of an `autograd.Function` forward mode is off.
+    if not torch._C._is_fwd_grad_enabled():
+        raise NoRule(f"{func}: within an autograd.Function")
+    if not all(each in _FOLLOWED for each in types):
+        raise NoRule(f"{func}: of {types}")
+    if torch._C._is_any_autocast_enabled():
+        raise NoRule(f"{func}: within autocast")
+    if not torch.is_grad_enabled():
+        return _without_derivative(func, args, kwargs)
+    rule = _RULES.get(func)
+    if rule is not None:
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                found = rule(func, *args, **kwargs)
+            except TypeError:  # arguments by names that the rule does not have
+                found = NotImplemented
+        if found is not NotImplemented:
+            return found
+    return _by_itself(func, args, kwargs)
+
+
+_FOLLOWED = (Dual, Tensor, torch.nn.Parameter)
+
+
+def _flat(args: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, and those in lists and tuples."""
+    for x in args:
+        yield from _flat(x) if type(x) in (list, tuple) else (x,)
+
+
+def _without_derivative(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Compute what is under `no_grad`; others than a `Dual` may change in place."""
+    name = getattr(func, "__name__", "")
+    own = name == "__set__" or (name == "__get__" and func not in _RULES)
+    first = args[:1] if own or _is_in_place(func, kwargs) else ()
+    if any(isinstance(x, Dual) for x in _flat((*first, kwargs.get("out")))):
+        raise NoRule(f"{name}: in place, or of the tensor itself")
+    args, kwargs = pytree.tree_map(_value, (args, dict(kwargs)))
+    return func(*args, **kwargs)
+
+
+def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    named = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    # An embedding makes the rows that it looks up shorter.
+    options = bool(kwargs.get("inplace")) or kwargs.get("max_norm") is not None
+    return named or options or name == "__setitem__"
 
 
 def _stacked(x: Dual) -> Tensor:
@@ -126,10 +243,10 @@ def _value(x: Any) -> Any:
 def _by_itself(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Differentiate one function by `torch.func`."""
     name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-    own = name in ("__get__", "__set__", "__setitem__") or kwargs.get("out") is not None
-    in_place = in_place or bool(kwargs.get("inplace"))
-    if in_place or own or func in REPLACEMENTS:
+    own = name in ("__get__", "__set__") or kwargs.get("out") is not None
+    # A gradient within the model is of the values; it has derivatives of its own.
+    own = own or func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+    if _is_in_place(func, kwargs) or own or func in REPLACEMENTS:
         raise NoRule(f"{name}: in place, of the tensor itself, or of parts")
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
@@ -257,8 +374,9 @@ def _layer_norm(
     if isinstance(bias, Dual):
         own = _along(bias, dims)
         along = own.expand(-1, *a.shape) if along is None else along.add_(own)
-    value = unit if w is None else unit * w if b is None else torch.addcmul(b, unit, w)
-    return Dual(value, along)
+    if w is not None:
+        return Dual(unit * w if b is None else torch.addcmul(b, unit, w), along)
+    return Dual(unit if b is None else unit + b, along)
 
 
 def _softmax(func: Any, x: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -272,13 +390,11 @@ def _softmax(func: Any, x: Any, dim: int | None = None, *args: Any, **kwargs: An
 
 
 def _tanh(func: Any, x: Any) -> Dual:
-    y = x.value.tanh()
-    return Dual(y, torch.ops.aten.tanh_backward(_stacked(x), y))
+    return Dual(y := x.value.tanh(), torch.ops.aten.tanh_backward(_stacked(x), y))
 
 
 def _sigmoid(func: Any, x: Any) -> Dual:
-    y = x.value.sigmoid()
-    return Dual(y, torch.ops.aten.sigmoid_backward(_stacked(x), y))
+    return Dual(y := x.value.sigmoid(), torch.ops.aten.sigmoid_backward(_stacked(x), y))
 
 
 def _relu(func: Any, x: Any, inplace: bool = False) -> Any:
@@ -292,6 +408,16 @@ def _gelu(func: Any, x: Any, approximate: str = "none") -> Dual:
     a = x.value
     slope = torch.ops.aten.gelu_backward(torch.ones_like(a), a, approximate=approximate)
     return Dual(F.gelu(a, approximate=approximate), _stacked(x) * slope)
+
+
+def _dropout(
+    func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    if inplace or not training:
+        return NotImplemented
+    # By itself it would draw in another order where `x` is not contiguous.
+    mask = F.dropout(torch.ones_like(x.value), p, training)
+    return Dual(x.value * mask, _stacked(x) * mask)
 
 
 def _sum(x: Any, y: Any, sign: float) -> Dual:
@@ -326,14 +452,14 @@ def _mul(func: Any, x: Any, y: Any) -> Dual:
         along = torch.addcmul(_along(x, dims) * b, _along(y, dims), a)
     else:
         along = _along(x, dims) * b if isinstance(x, Dual) else _along(y, dims) * a
-    return Dual(value, along)
+    return Dual(value, along.to(value.dtype))
 
 
 def _div(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
     if isinstance(y, Dual) or kwargs.get("rounding_mode") is not None:
         return NotImplemented
     value = x.value / y
-    return Dual(value, _along(x, value.dim()) / y)
+    return Dual(value, (_along(x, value.dim()) / y).to(value.dtype))
 
 
 def _neg(func: Any, x: Any) -> Dual:
@@ -402,6 +528,9 @@ def _getitem(func: Any, x: Any, index: Any) -> Any:
 
 
 def _itself(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, Dual):  # to the type of another
+        return _of_value(func, x, *args, **kwargs)
+    args = tuple(map(_value, args))
     return x if func(x.value, *args, **kwargs) is x.value else NotImplemented
 
 
@@ -426,6 +555,7 @@ _RULES: Mapping[Any, Rule] = MappingProxyType(
         **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), _sigmoid),
         **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
         F.gelu: _gelu,
+        F.dropout: _dropout,
         **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
         **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _sub),
         Tensor.__rsub__: _rsub,
