@@ -365,10 +365,10 @@ def test_a_basis_is_kept_while_it_is_near():
     assert changes[10.0] == [0]
 
 
-@pytest.mark.usefixtures("float64")
-def test_the_diagonals_in_a_basis_that_is_kept_are_those_of_now():
+def linear_after_three_steps(basis_tolerance):
+    """An optimizer of one linear layer by EKFAC, refreshed at every step, and its block."""
     model = nn.Linear(3, 4)
-    refresh = Refresh(every=1, basis_tolerance=10.0)
+    refresh = Refresh(every=1, basis_tolerance=basis_tolerance)
     optimizer = KFAC(
         model, "categorical", lr=0.0, damping=0.1, invert_every=refresh, approx="ekfac"
     )
@@ -377,7 +377,12 @@ def test_the_diagonals_in_a_basis_that_is_kept_are_those_of_now():
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()
-    block = next(iter(optimizer.estimator.blocks.values()))
+    return optimizer, next(iter(optimizer.estimator.blocks.values()))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_diagonals_in_a_basis_that_is_kept_are_those_of_now():
+    optimizer, block = linear_after_three_steps(basis_tolerance=10.0)
     A, G, scales = block.factors
     S, basis = scales.get_cov_var().clone(), stored(block)
     A.get_cov_var().mul_(2).add_(torch.ones(4, 4))
@@ -391,17 +396,7 @@ def test_the_diagonals_in_a_basis_that_is_kept_are_those_of_now():
 
 @pytest.mark.usefixtures("float64")
 def test_a_kept_side_beside_one_that_is_decomposed():
-    model = nn.Linear(3, 4)
-    refresh = Refresh(every=1, basis_tolerance=0.3)
-    optimizer = KFAC(
-        model, "categorical", lr=0.0, damping=0.1, invert_every=refresh, approx="ekfac"
-    )
-    x, y = torch.randn(50, 3), torch.randint(4, (50,))
-    for _ in range(3):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-    block = next(iter(optimizer.estimator.blocks.values()))
+    optimizer, block = linear_after_three_steps(basis_tolerance=0.3)
     A, _, scales = block.factors
     old_A, old_G = (q.clone() for q in scales.basis)
     S = scales.get_cov_var().clone()
