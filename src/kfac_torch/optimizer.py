@@ -352,10 +352,10 @@ class KFAC(NamedState):
         Args:
             closure: re-evaluates the model on this step's batch, calls `backward` and
                 returns the loss; optional. Where λ adapts it is called again after the
-                step when an adaptation is due, with the same random numbers; that call
-                leaves no trace: gradients, buffers and random state are put back. If it
-                raises, the step has been taken, and λ stays. Without one the change of
-                the loss is read off the gradient at the network output.
+                step when an adaptation is due, and before the first steps for each trial
+                of λ, with the same random numbers; that leaves no trace: gradients,
+                buffers and random state are put back. If it raises after a step, that has
+                been taken, and λ stays. Without one the gradient at the output tells.
 
         Returns:
             What the closure returned, at first.
