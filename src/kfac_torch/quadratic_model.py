@@ -284,7 +284,7 @@ def _found(
     try:
         return _by_rules(forward, losses, params, directions)
     except Exception:  # a model may stumble over a Dual in any way
-        pass  # what is wrong without one is said below
+        pass  # an error that is the model's own comes again below, and is raised there
     if len(directions) > 1:
         try:
             return _together(forward, losses, params, directions)

@@ -74,12 +74,11 @@ def visit_source_grads(
     """
     passed = _passed(edges)
     stops = [i for i in range(len(edges)) if i not in passed]
-    by_node: dict[Any, list[int]] = {}
-    for i in passed:
-        by_node.setdefault(edges[i].node, []).append(i)
+    by_node: dict[Any, dict[int, int]] = {}
+    for i, edge in passed.items():
+        by_node.setdefault(edge.node, {})[i] = edge.output_nr
     handles = [
-        node.register_prehook(_visitor({i: edges[i].output_nr for i in some}, visit))
-        for node, some in by_node.items()
+        node.register_prehook(_visitor(places, visit)) for node, places in by_node.items()
     ]
     try:
         ends = [*(edges[i] for i in stops), *params]
@@ -105,7 +104,7 @@ def _visitor(
     return hook
 
 
-def _passed(edges: Sequence[GradientEdge]) -> list[int]:
+def _passed(edges: Sequence[GradientEdge]) -> dict[int, GradientEdge]:
     """The edges that a backward to all of them passes on its way to another one."""
     ends = {edge.node for edge in edges}
     leads: dict[Any, bool] = {}  # whether an edge lies behind a node
@@ -119,7 +118,7 @@ def _passed(edges: Sequence[GradientEdge]) -> list[int]:
             continue
         leads[node] = any(other in ends or leads[other] for other in behind)
         todo.pop()
-    return [i for i, edge in enumerate(edges) if leads[edge.node]]
+    return {i: edge for i, edge in enumerate(edges) if leads[edge.node]}
 
 
 def _grad(

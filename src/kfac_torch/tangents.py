@@ -142,7 +142,7 @@ class Dual(Tensor):
         current = duals[0].made_in if duals else None
         try:
             found = _follow(func, types, args, kwargs)
-        except Exception:
+        except Exception:  # seen here too, for the model may catch it and go another way
             if current is not None:
                 current.refused = True
             raise
