@@ -91,6 +91,27 @@ LAYERS = {
         nn.Sequential(nn.Conv1d(2, 4, 3, 2), nn.Conv1d(4, 2, 1, groups=2)),
         torch.randn(3, 2, 9),
     ),
+    "pooling": (
+        nn.Sequential(
+            nn.Conv2d(2, 3, 2),
+            nn.ReLU(),  # whose zeros are equal
+            nn.MaxPool2d((3, 2), stride=1, padding=1),
+            nn.MaxPool2d(2, dilation=2, ceil_mode=True),
+        ),
+        torch.randn(2, 2, 8, 7),
+    ),
+    "pooling of one dimension": (
+        nn.Sequential(nn.Conv1d(2, 3, 2), nn.MaxPool1d(3, 2)),
+        torch.randn(2, 2, 9),
+    ),
+    "pooling of three": (
+        nn.Sequential(nn.Conv3d(1, 2, 2), nn.MaxPool3d(2, padding=1)),
+        torch.randn(2, 1, 4, 5, 4),
+    ),
+    "pooling of one example": (
+        nn.Sequential(nn.Linear(5, 4), nn.MaxPool2d(2)),
+        torch.randn(2, 4, 5),
+    ),
     "one example": (nn.Conv2d(2, 3, 2), torch.randn(2, 4, 4)),
     "batch norm": (
         nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)),

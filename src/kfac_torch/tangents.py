@@ -338,6 +338,17 @@ def _convolution(func: Any, x: Any, weight: Any, bias: Any = None, *rest: Any) -
     return Dual(func(a, W, b, *rest), out)
 
 
+def _max_pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Dual:
+    a, dims = x.value, int(func.__name__[-2])
+    if a.device.type == "cpu" and a.dim() == 4:  # the kernel for this order is far faster
+        a = a.contiguous(memory_format=torch.channels_last)
+    found = func(a, *args, **{**kwargs, "return_indices": True})
+    y, places = found[0].contiguous(), found[1].flatten(-dims)
+    along = _stacked(x).flatten(-dims)
+    along = along.gather(-1, places.expand(len(along), *places.shape))
+    return Dual(y, along.unflatten(-1, y.shape[-dims:]))
+
+
 def _embedding(func: Any, rows: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(rows, Dual) or len(args) > 1 or kwargs.get("max_norm") is not None:
         return NotImplemented
@@ -534,20 +545,19 @@ def _itself(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x if func(x.value, *args, **kwargs) is x.value else NotImplemented
 
 
-def _detach(func: Any, x: Any) -> Tensor:
-    return x.value
-
-
 def _of_value(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*map(_value, args), **kwargs)
 
 
 Rule: TypeAlias = Callable[..., Any]
 
+_FACTS = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse")
+
 _RULES: Mapping[Any, Rule] = MappingProxyType(
     {
         F.linear: _linear,
         **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
+        **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), _max_pool),
         F.embedding: _embedding,
         F.layer_norm: _layer_norm,
         **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
@@ -569,30 +579,20 @@ _RULES: Mapping[Any, Rule] = MappingProxyType(
         **dict.fromkeys((torch.unsqueeze, Tensor.unsqueeze), _reshaped),
         **dict.fromkeys((torch.transpose, Tensor.transpose), _transpose),
         **dict.fromkeys((_getter("mT"), _getter("T")), _mT),
-        **dict.fromkeys((torch.chunk, Tensor.chunk), _pieces),
-        **dict.fromkeys((torch.split, Tensor.split), _pieces),
+        **dict.fromkeys((torch.chunk, Tensor.chunk, torch.split, Tensor.split), _pieces),
         Tensor.__getitem__: _getitem,
         **dict.fromkeys((Tensor.contiguous, Tensor.to, Tensor.float), _itself),
-        **dict.fromkeys((torch.detach, Tensor.detach), _detach),
         **dict.fromkeys(
             (
-                *map(
-                    _getter,
-                    ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse"),
-                ),
-                *(
-                    Tensor.size,
-                    Tensor.dim,
-                    Tensor.numel,
-                    Tensor.__len__,
-                    Tensor.is_floating_point,
-                ),
-                *(Tensor.is_complex, Tensor.is_contiguous, Tensor.stride),
+                *map(_getter, _FACTS),
+                *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.stride),
+                *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),
                 *(torch.is_floating_point, torch.is_complex, torch.numel),
                 *(Tensor.new_zeros, Tensor.new_ones, torch.zeros_like, torch.ones_like),
                 *(Tensor.gt, Tensor.lt, Tensor.ge, Tensor.le, torch.gt, torch.lt),
                 *(Tensor.__gt__, Tensor.__lt__, Tensor.__ge__, Tensor.__le__),
                 *(Tensor.argmax, torch.argmax, torch.isnan, torch.isfinite),
+                *(Tensor.detach, torch.detach),
             ),
             _of_value,  # or without a derivative
         ),
