@@ -230,6 +230,25 @@ def test_a_compiled_model_makes_the_same_steps(momentum_type):
     close(*found)
 
 
+def test_a_compiled_model_is_compiled_once():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = torch.compile(net(), backend=backend)
+    optimizer = KFAC(model, "categorical")
+    for _ in range(14):  # with statistics, without, on a whole batch and on part of one
+        optimizer.zero_grad()
+        x, y = torch.randn(520, 3), torch.randint(4, (520,))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    optimizer.close()
+    assert len(graphs) == 1
+
+
 def test_a_forward_of_a_model_that_was_compiled_elsewhere_is_missed_with_a_word():
     model = net()
     optimizer = make(model)

@@ -8,6 +8,7 @@ from . import (
     patch_moments as patch_moments,
     telemetry as telemetry,
 )
+from .compiled import compile_forward_mode as compile_forward_mode
 from .curvature_check import check_curvature as check_curvature
 from .curvature_products import (
     CurvatureMatrixVectorProductComputer as CurvatureMatrixVectorProductComputer,
@@ -47,6 +48,7 @@ __all__ = (
     "Statistics",
     "TrustRegion",
     "check_curvature",
+    "compile_forward_mode",
     "curvature_products",
     "fisher_blocks",
     "fisher_factors",

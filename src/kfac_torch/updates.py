@@ -82,6 +82,7 @@ class UpdateRule:
         self.rule = rule if isinstance(rule, LevenbergMarquardt) else None
         self._first_rule = self.rule
         self._undamped = False
+        self.rerun: Callable[..., Any] = rerun  # the network's forward, in the model
         if self.modelled or self.rule is not None:
             estimator.keep_forwards()
         if self.rule and not self.modelled:
@@ -391,7 +392,7 @@ class UpdateRule:
                 args, kwargs = every_kth(
                     call.args, call.kwargs, self._stride(call), self.num_steps
                 )
-                run = rerun(uncompiled(self._model), args, kwargs)
+                run = self.rerun(uncompiled(self._model), args, kwargs)
 
                 def forward(
                     params: Mapping[str, Tensor], call: RootCall = call, run: Any = run
