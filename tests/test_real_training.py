@@ -230,6 +230,24 @@ def test_a_compiled_model_makes_the_same_steps(momentum_type):
     close(*found)
 
 
+def test_a_compiled_model_has_statistics_of_part_of_the_batch():
+    start, found = net().state_dict(), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = net()
+        model.load_state_dict(start)
+        called = torch.compile(model, backend="eager") if compiled else model
+        optimizer = KFAC(called, "categorical")
+        for _ in range(3):  # the first batch is taken whole
+            x, y = torch.randn(520, 3), torch.randint(4, (520,))
+            optimizer.zero_grad()
+            F.cross_entropy(called(x), y).backward()
+            optimizer.step()
+        found.append([*model.parameters(), *covs(optimizer)])
+        optimizer.close()
+    close(*found)
+
+
 def test_a_compiled_model_is_compiled_once():
     graphs = []
 

@@ -24,7 +24,6 @@ from .capture import (
     RootCall,
     random_state,
     set_random_state,
-    uncompiled,
 )
 from .forwards import Forward, Forwards
 from .options import Statistics
@@ -177,7 +176,8 @@ class Replays:
             thinned = call.arrived and self.stride is not None
             k = self._statistics.stride(call.num_terms) if thinned else last
             weights = [thin_weights(pair, k, start) for pair in call.weights]
-            again = recorded_again(self._capture, uncompiled(model), call, k, start)
+            # A compiled root too: its hooks are what records, and lets it run as written.
+            again = recorded_again(self._capture, model, call, k, start)
             with again as (output, calls):
                 forwards.take_again(output, calls, weights)
         self.taken += 1
