@@ -242,6 +242,31 @@ def test_a_run_of_thirty_steps_interrupted_anywhere(name, ahead):
     check_resumed(dropout, plain, OPTIONS[name], 30, ahead)
 
 
+class InPlace(nn.Module):
+    """Works in place, which forward mode by rules refuses, where the inputs say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.head(y.tanh_() if x[0, 0] > 0 else y.tanh())
+
+
+def test_refusals_of_forward_mode_by_rules():
+    """Of a model, and of two of three batches: the third goes the way of those too."""
+    check_resumed(recurrent, words, OPTIONS["automatic"], 8, 4)
+    signs = iter([1, 1, -1])
+
+    def inputs(t):
+        x = plain(t)
+        x[0, 0] = next(signs) * x[0, 0].abs()
+        return x
+
+    check_resumed(InPlace, inputs, OPTIONS["automatic"], 8, 4)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_step(name):
     records = check_resumed(dropout, plain, OPTIONS[name], 10, 4)

@@ -35,7 +35,6 @@ from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .damping_search import MAX_ADAPTATIONS, best, settled
 from .estimator import FisherEstimator
-from .gradient_noise import GradientNoise
 from .health import Health
 from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
@@ -509,7 +508,7 @@ class KFAC(NamedState):
         if not step.finite:
             return ["the gradient"]
         trial.step, trial.noise = step, self._updates.noise
-        self._updates.noise = step.noise
+        self._updates.noise, self._updates.ways = step.noise, step.ways
         torch._foreach_add_(step.params, step.deltas)
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
@@ -583,8 +582,7 @@ class KFAC(NamedState):
         return {
             **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
             **self._schedule.state_dict(),
-            "adapts": self._updates.rule is not None,
-            "noise": self._updates.noise.state_dict(),
+            **self._updates.state_dict(),
             # Seconds are those of a machine, not of a run.
             "last_step": self.last_step and {**vars(self.last_step), "seconds": {}},
         }
@@ -594,6 +592,5 @@ class KFAC(NamedState):
             setattr(self, name, own[name.lstrip("_")])
         self._schedule.load_state_dict(own)
         self.last_step = own["last_step"] and StepRecord(**own["last_step"])
-        self._updates.restore_rule(own["adapts"])
-        self._updates.noise = GradientNoise(**own["noise"])
+        self._updates.load_state_dict(own)
         self._set_unit(own["damping_unit"])
