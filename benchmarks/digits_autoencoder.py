@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -80,7 +81,8 @@ RULE: Mapping[str, Any] = MappingProxyType(
 )
 SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
-        "momentum_type": QModel(batch_fraction=0.125),
+        "momentum_type": replace(QModel.exact(), batch_fraction=0.125),
+        "norm_constraint": None,
         "estimation_mode": "gradients",
         "cov_ema_decay": 0.8,
         "cov_update_every": 5,

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_torch import KFAC, LevenbergMarquardt, QModel, RelativeDamping, TrustRegion
+from kfac_torch import (
+    KFAC,
+    LevenbergMarquardt,
+    QModel,
+    Refresh,
+    RelativeDamping,
+    Statistics,
+    TrustRegion,
+)
 from kfac_torch.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
     ConvexLoss,
@@ -626,6 +634,130 @@ def test_momentum_of_a_step_stays_within_bounds():
         momenta = [float(record.momentum) for record in records]
         assert all(0 <= m <= limit for m in momenta)
     assert max(momenta) == 0.4
+
+
+# What setting one thing changes.
+
+RECIPE = {
+    "statistics": (3, 0.85, 10),
+    "inverses": 6,
+    "model": QModel(),
+    "samples": Statistics(),
+    "region": TrustRegion(fraction=0.1, final=0.03),
+    "damping": RelativeDamping(),
+    "free": {"statistics", "inverses"},
+}
+
+
+def recipe(**options):
+    """All that the options of an optimizer stand for, but for λ and rates of groups."""
+    optimizer = KFAC(plain(), "categorical", **options)
+    schedule, chosen = optimizer._schedule, optimizer._options()
+    optimizer.close()
+    return {
+        "statistics": (
+            chosen["cov_update_every"],
+            optimizer.estimator.cov_ema_decay,
+            chosen["early_updates"],
+        ),
+        "inverses": chosen["invert_every"],
+        "model": chosen["quadratic_model"],
+        "samples": chosen["statistics"],
+        "region": chosen["trust region"],
+        "damping": chosen["damping"],
+        "free": set(schedule._free),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, {}),
+        ({"lr": 1.0, "momentum_type": QModel()}, {}),
+        (
+            {"momentum_type": QModel(batch_fraction=0.5)},
+            {"model": replace(QModel(), batch_fraction=0.5)},
+        ),
+        (
+            {"momentum_type": QModel(fixed_momentum=True), "momentum": 0.5},
+            {"model": replace(QModel(), fixed_momentum=True)},
+        ),
+        (
+            {"estimation_mode": Statistics(batch_fraction=0.5)},
+            {"samples": replace(Statistics(), batch_fraction=0.5)},
+        ),
+        ({"estimation_mode": "exact"}, {"samples": Statistics.whole("exact")}),
+        (
+            {"invert_every": Refresh(staggered=True)},
+            {"inverses": Refresh(every=6, staggered=True)},
+        ),
+        (
+            {"invert_every": Refresh(every=4)},
+            {"inverses": 4, "free": {"statistics"}},
+        ),
+        (
+            {"cov_update_every": 3},
+            {"statistics": (3, 0.85, 0), "free": {"inverses"}},
+        ),
+        ({"cov_ema_decay": 0.9}, {"statistics": (3, 0.9, 10)}),
+        ({"damping": 0.1}, {"damping": "a number"}),
+        (
+            {"damping": RelativeDamping(LevenbergMarquardt(initial=0.3))},
+            {"damping": RelativeDamping(LevenbergMarquardt(initial=0.3))},
+        ),
+        ({"norm_constraint": None}, {"region": None}),
+        (
+            {"momentum_type": QModel(min_terms=1), "norm_constraint": None},
+            {"model": replace(QModel(), min_terms=1), "region": None},
+        ),
+        (
+            {"norm_constraint": TrustRegion(fraction=0.2)},
+            {"region": TrustRegion(fraction=0.2)},
+        ),
+        (
+            {"momentum_type": "qmodel"},
+            {
+                "statistics": (10, 0.95, 10),
+                "inverses": 10,
+                "model": QModel.exact(),
+                "region": None,
+            },
+        ),
+        (
+            {"lr": 0.1},
+            {
+                "statistics": (10, 0.95, 10),
+                "inverses": 10,
+                "model": None,
+                "region": None,
+                "damping": RelativeDamping(0.1),
+            },
+        ),
+    ],
+)
+def test_what_is_not_set_stays_as_it_is(options, changed):
+    assert recipe(**options) == {**RECIPE, **changed}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum_type": QModel()},
+        {"momentum_type": QModel(), "lr": 1.0},
+        {"estimation_mode": Statistics()},
+        {"invert_every": Refresh()},
+        {"norm_constraint": TrustRegion(fraction=0.1, final=0.03)},
+        {"damping": RelativeDamping()},
+        {"cov_ema_decay": 0.85},
+    ],
+)
+def test_saying_a_default_changes_no_step(options):
+    models = [plain()]
+    models.append(copy.deepcopy(models[0]))
+    data = batches(8)
+    for model, given in zip(models, ({}, options), strict=True):
+        train(model, KFAC(model, "categorical", **given), data)
+    assert torch.equal(vector(models[0]), vector(models[1]))
 
 
 # Damping.

@@ -319,7 +319,7 @@ FAULTS = [
     ("fisher_factors.base.FisherFactor.load_state_dict", 2),
     ("fisher_blocks.base.FisherBlock.load_state_dict", 2),
     ("estimator.FisherEstimator._generator_on", 1),
-    ("updates.UpdateRule.restore_rule", 1),
+    ("updates.UpdateRule.load_state_dict", 1),
     ("optimizer.KFAC._load_own_state", 1),
     ("preconditioning.Schedule.load_state_dict", 1),
     ("health.HealthLedger.load_state_dict", 1),

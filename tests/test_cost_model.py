@@ -314,6 +314,17 @@ def test_large_factors_are_amortised_and_a_larger_batch_bears_more():
     assert (preconditioner.statistics, preconditioner.inverses) == (1, 24)
 
 
+def test_a_refresh_without_an_interval_leaves_that_to_the_model():
+    """And counts decompositions that are rarer than refreshes as what they cost."""
+    model = wide()
+    for options, inverses in (({"staggered": True}, 24), ({"basis_every": 2}, 12)):
+        refresh = Refresh(**options)
+        for kind in (KFAC, KFACPreconditioner):
+            twin = copy.deepcopy(model)
+            found = after_a_step(twin, batch(8), kind, approx="ekfac", invert_every=refresh)
+            assert found.inverses == inverses
+
+
 @pytest.mark.parametrize("given", [6, Refresh(every=6), Refresh(every=6, staggered=True)])
 def test_what_the_user_gives_is_taken_as_it_is(given):
     model = wide()

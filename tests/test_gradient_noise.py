@@ -1,5 +1,7 @@
 """The noise meter: 0 where batches are one and the same, 1 where they share nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from kfac_torch.gradient_noise import GradientNoise
 from kfac_torch.options import TrustRegion
 
 pytestmark = pytest.mark.usefixtures("float64")
-AVERAGED = QModel(average_gradients=True)
+EXACT = QModel.exact()
+AVERAGED = replace(EXACT, average_gradients=True)
 SMALL = {"damping": 0.1, "norm_constraint": TrustRegion(fraction=1e-3)}
 
 
@@ -44,7 +47,7 @@ def test_without_noise_averaging_changes_nothing():
     twin = linear()
     twin.load_state_dict(model.state_dict())
     train(model, [(x, y)] * 6)
-    train(twin, [(x, y)] * 6, QModel())
+    train(twin, [(x, y)] * 6, EXACT)
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -121,7 +124,7 @@ def test_without_noise_the_whole_batch_makes_the_quadratic_model_later():
     optimizer = KFAC(
         model,
         "normal",
-        momentum_type=QModel(batch_fraction=0.25, average_gradients=True),
+        momentum_type=QModel(batch_fraction=0.25, min_terms=1),
         norm_constraint=TrustRegion(fraction=1e-6),  # far from the minimum to the end
     )
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))

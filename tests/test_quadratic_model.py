@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -716,7 +717,7 @@ def test_part_of_the_batch():
             model,
             "categorical",
             damping=0.1,
-            momentum_type=QModel(batch_fraction=fraction),
+            momentum_type=replace(QModel.exact(), batch_fraction=fraction),
             estimation_mode="exact",
         )
         for _ in range(3):

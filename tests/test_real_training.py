@@ -204,7 +204,9 @@ def net():
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
 
 
-@pytest.mark.parametrize("momentum_type", ["regular", "qmodel", QModel(batch_fraction=0.5)])
+@pytest.mark.parametrize(
+    "momentum_type", ["regular", "qmodel", QModel(batch_fraction=0.5, min_terms=1)]
+)
 def test_a_compiled_model_makes_the_same_steps(momentum_type):
     x, y, start, found = torch.randn(6, 3), torch.randint(4, (6,)), net().state_dict(), []
     lr = 0.1 if momentum_type == "regular" else None

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,17 +113,17 @@ OPTIONS = {
     "qmodel": {"damping": 0.1, "momentum_type": "qmodel"},
     "qmodel_fixedmu": {"damping": 0.1, "momentum_type": "qmodel_fixedmu", "momentum": 0.5},
     "part of the batch": {
-        "momentum_type": QModel(batch_fraction=0.5, max_momentum=0.9),
+        "momentum_type": QModel(batch_fraction=0.5, min_terms=1, max_momentum=0.9),
         "norm_constraint": TrustRegion(fraction=0.2),
         "damping": RelativeDamping(LevenbergMarquardt(initial=1.0, calibrate=True)),
     },
     "averaged gradients": {
-        "momentum_type": QModel(average_gradients=True),
+        "momentum_type": QModel(max_momentum=None),
         "damping": RelativeDamping(LevenbergMarquardt(initial=1.0, reject_below=0.25)),
     },
     "statistics of a part": {
         **CLASSIC,
-        "estimation_mode": Statistics(batch_fraction=0.5),
+        "estimation_mode": Statistics(batch_fraction=0.5, min_terms=1),
     },
     "statistics in a forward of their own": {
         **CLASSIC,
@@ -138,7 +139,7 @@ OPTIONS = {
         "damping": LevenbergMarquardt(initial=1e-3, decay=0.5, reject_below=0.25),
     },
     "taken back, modelled": {
-        "momentum_type": QModel(batch_fraction=0.5),
+        "momentum_type": replace(QModel.exact(), batch_fraction=0.5),
         "norm_constraint": None,
         "damping": RelativeDamping(
             LevenbergMarquardt(initial=1e-3, decay=0.5, interval=1, reject_below=0.25)
@@ -239,6 +240,31 @@ def _quiet():
 @pytest.mark.parametrize(("name", "ahead"), [("automatic", 8), ("regular", 30)])
 def test_a_run_of_thirty_steps_interrupted_anywhere(name, ahead):
     check_resumed(dropout, plain, OPTIONS[name], 30, ahead)
+
+
+class InPlace(nn.Module):
+    """Works in place, which forward mode by rules refuses, where the inputs say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.head(y.tanh_() if x[0, 0] > 0 else y.tanh())
+
+
+def test_refusals_of_forward_mode_by_rules():
+    """Of a model, and of two of three batches: the third goes the way of those too."""
+    check_resumed(recurrent, words, OPTIONS["automatic"], 8, 4)
+    signs = iter([1, 1, -1])
+
+    def inputs(t):
+        x = plain(t)
+        x[0, 0] = next(signs) * x[0, 0].abs()
+        return x
+
+    check_resumed(InPlace, inputs, OPTIONS["automatic"], 8, 4)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

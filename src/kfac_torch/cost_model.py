@@ -145,6 +145,7 @@ def step_costs(
     stride: int | None,
     passes: int = 1,
     model_stride: int | None = None,
+    basis_every: int = 1,
 ) -> StepCosts:
     """Return what the parts of a step take.
 
@@ -155,6 +156,7 @@ def step_costs(
         passes: of statistics through `1/k` of the batch: a backward to the layers, maybe
             after a forward of their own; none where the user's gradients make them.
         model_stride: `k_m`; None without a quadratic model.
+        basis_every: refreshes until a layer of EKFAC decomposes.
     """
     ready = [block for block in blocks if block.last_rows is not None]
     factors = [factor for block in ready for factor in block.factors]
@@ -169,7 +171,7 @@ def step_costs(
         + _LAYER * len(ready)
         + _STEP,
         statistics=(passes * forward + moments) / k + entries,
-        refresh=sum(map(_refresh_cost, factors)),
+        refresh=sum(_refresh_cost(factor, basis_every) for factor in factors),
     )
 
 
@@ -199,11 +201,12 @@ def _has_matrix(factor: Any) -> bool:
     return isinstance(factor, InverseProvidingFactor)
 
 
-def _refresh_cost(factor: Any) -> float:
+def _refresh_cost(factor: Any, basis_every: int) -> float:
     in_basis = isinstance(factor, EigenScaleFactor)
     decomposed = in_basis or (_has_matrix(factor) and factor.uses_eigendecomp())
     rates = _DECOMPOSITION if decomposed else _INVERSE
-    return factor.refresh_cost * _at(max(factor.kept_shapes[0][-2:]), rates)
+    cost = factor.refresh_cost * _at(max(factor.kept_shapes[0][-2:]), rates)
+    return cost / basis_every if in_basis else cost
 
 
 def _at(size: int, rates: Sequence[float]) -> float:

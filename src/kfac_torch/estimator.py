@@ -116,7 +116,7 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
     ) -> None:
         if not isinstance(estimation_mode, Statistics):
             check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
-            estimation_mode = Statistics(mode=estimation_mode)
+            estimation_mode = Statistics.whole(estimation_mode)
         if not 0 <= cov_ema_decay <= 1:
             raise ValueError(
                 f"cov_ema_decay: expected a number in [0, 1], got {cov_ema_decay}"
@@ -235,11 +235,14 @@ class FisherEstimator(BlockProducts, InverseUpdates, UpdateThunks):
         """The multiply-adds of these forwards in the layers, where they were recorded."""
         return sum(forward.cost for forward in self._forwards.arrived)
 
-    def step_costs(self, forward: float, model_stride: int | None = None) -> StepCosts:
+    def step_costs(
+        self, forward: float, model_stride: int | None = None, basis_every: int = 1
+    ) -> StepCosts:
         """Return what a step takes like the last one that had statistics."""
         blocks, replays = self.blocks.values(), self._replays
         passes = 0 if self.is_empirical else 2 if replays.deferring else 1
-        return step_costs(blocks, forward, replays.stride, passes, model_stride)
+        k = replays.stride
+        return step_costs(blocks, forward, k, passes, model_stride, basis_every)
 
     def losses(self, output: Any) -> list[tuple[LossFunction, float]]:
         """Return `LayerCollection.losses` of what the model returned."""

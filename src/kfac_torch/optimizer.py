@@ -35,7 +35,6 @@ from .coverage import CoverageReport
 from .damping import LevenbergMarquardt, RelativeDamping
 from .damping_search import MAX_ADAPTATIONS, best, settled
 from .estimator import FisherEstimator
-from .gradient_noise import GradientNoise
 from .health import Health
 from .layer_choice import Key, Layers, names_inside
 from .layer_collection import LayerCollection
@@ -53,6 +52,7 @@ from .options import (
     check_count,
     choose,
     damping_at,
+    is_automatic,
 )
 from .preconditioning import Schedule, dense_gradients, mean_curvature
 from .recording import Recorder, watch_scale
@@ -111,25 +111,27 @@ class KFAC(NamedState):
         momentum: `μ` in [0, 1); None is 0.9; a param group option. `"qmodel"` finds it.
         weight_decay: decoupled, per unit of `lr`; a param group option.
         norm_constraint: `c`, in nats of squared Fisher norm, or a `TrustRegion`, a part of
-            the loss, with the quadratic model, or None for no limit; `"auto"` is 1e-3,
-            None with the quadratic model, and `TrustRegion(fraction=0.1, final=0.03)` where
-            all is automatic. May be changed as `param_groups[0]["norm_constraint"]` or
-            `["trust_region"]`: the `fraction`, in proportion to which `final` changes too.
+            the loss, with the quadratic model, or None for no limit; `"auto"` is
+            `TrustRegion(fraction=0.1, final=0.03)` without an `lr` or with a `QModel`,
+            None with `"qmodel"` and its kin, else 1e-3. May be changed as
+            `param_groups[0]["norm_constraint"]` or `["trust_region"]`: the `fraction`, in
+            proportion to which `final` changes too.
         momentum_type: `"regular"` (momentum of preconditioned gradients), `"adam"`
             (momentum of gradients, then preconditioned), `"qmodel"` (step size and
             momentum from the quadratic model) or `"qmodel_fixedmu"` (the step size);
-            or a `QModel`, which has options. None is `"regular"` with an `lr`, else the
-            quadratic model of a sixteenth of the batch, with a momentum of at most 0.95, on
-            gradients that are averaged as far as they are noise.
+            or a `QModel`, which has options and leaves all else automatic. None is
+            `"regular"` with an `lr`, else `QModel()`: of a sixteenth of the batch, with a
+            momentum of at most 0.95, on gradients averaged as far as they are noise.
             The model takes one or two forward-mode passes per step, on the inputs of the
             training forwards since the last step.
         estimation_mode: `"gradients"` (the true Fisher by sampled targets),
             `"curvature_prop"` (the same by random signs), `"exact"` (all output
             coordinates in one vectorised pass; the output's first dimension must be that
             of examples) or `"empirical"` (the user's own targets); or a `Statistics`,
-            which has options. None is that of `"gradients"` on a quarter of the batch.
-        cov_ema_decay: of the factors' moving average, in [0, 1]; None is 0.85, with an
-            `lr` or a given momentum type 0.95.
+            which has options. None is `Statistics()`: of `"gradients"`, a quarter of the
+            batch; a name is for all of it.
+        cov_ema_decay: of the factors' moving average, in [0, 1]; None is 0.85, or 0.95 with
+            an `lr` or a momentum type by name.
         cov_update_every: steps between statistics; None is every one of the first ten,
             then 3, or 10, and more where they cost much (`intervals`).
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
@@ -199,7 +201,7 @@ class KFAC(NamedState):
             momentum_type=momentum_type,
         )
         pace = Pace.resolve(
-            momentum_type is None and lr is None,
+            is_automatic(lr, momentum_type),
             estimation_mode,
             cov_ema_decay,
             cov_update_every,
@@ -506,7 +508,7 @@ class KFAC(NamedState):
         if not step.finite:
             return ["the gradient"]
         trial.step, trial.noise = step, self._updates.noise
-        self._updates.noise = step.noise
+        self._updates.noise, self._updates.ways = step.noise, step.ways
         torch._foreach_add_(step.params, step.deltas)
         for p, memory in zip(step.params, step.memory, strict=True):
             self.state[p].update(memory)
@@ -580,8 +582,7 @@ class KFAC(NamedState):
         return {
             **{name.lstrip("_"): getattr(self, name) for name in _KEPT},
             **self._schedule.state_dict(),
-            "adapts": self._updates.rule is not None,
-            "noise": self._updates.noise.state_dict(),
+            **self._updates.state_dict(),
             # Seconds are those of a machine, not of a run.
             "last_step": self.last_step and {**vars(self.last_step), "seconds": {}},
         }
@@ -591,6 +592,5 @@ class KFAC(NamedState):
             setattr(self, name, own[name.lstrip("_")])
         self._schedule.load_state_dict(own)
         self.last_step = own["last_step"] and StepRecord(**own["last_step"])
-        self._updates.restore_rule(own["adapts"])
-        self._updates.noise = GradientNoise(**own["noise"])
+        self._updates.load_state_dict(own)
         self._set_unit(own["damping_unit"])

@@ -2,15 +2,17 @@
 
 Without an `lr` all is automatic: step size and momentum are those of the quadratic model
 on part of the batch, a trust region limits the step, and λ adapts, in units of the mean
-curvature at the start. With an `lr` the defaults are the classic ones. A default may also
-depend on the momentum type. Left out: anything that is done with them.
+curvature at the start. With an `lr`, or a momentum type by name, the defaults are the
+classic ones. A name stands for the rule of the literature, an object for the automatic
+recipe with what it sets, and nothing else, changed. Left out: anything that is done with
+them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from .damping import LevenbergMarquardt, RelativeDamping, check_damping
@@ -29,7 +31,11 @@ _LARGE = 32 * 2**20  # bytes of layers' outputs that a graph which is kept may h
 
 @dataclass(frozen=True, kw_only=True)
 class QModel:
-    """The quadratic model as a `momentum_type`, with options.
+    """The quadratic model of the automatic recipe as a `momentum_type`, with options.
+
+    What is not set is as where no `momentum_type` is given: the other options here, and
+    the trust region, the damping and the intervals of `KFAC`. `QModel.exact()` is what the
+    names `"qmodel"` and `"qmodel_fixedmu"` stand for.
 
     Args:
         fixed_momentum: take `momentum` as it is and find the step size alone, as
@@ -56,10 +62,25 @@ class QModel:
     """
 
     fixed_momentum: bool = False
-    batch_fraction: float = 1.0
-    min_terms: int = 1
-    max_momentum: float | None = None
-    average_gradients: bool = False
+    batch_fraction: float = 0.0625
+    min_terms: int = 64
+    max_momentum: float | None = 0.95
+    average_gradients: bool = True
+
+    @classmethod
+    def exact(cls, fixed_momentum: bool = False) -> QModel:
+        """Return the model of the whole batch and of the last gradient, with no bounds.
+
+        >>> QModel.exact().stride(1000)
+        1
+        """
+        return cls(
+            fixed_momentum=fixed_momentum,
+            batch_fraction=1.0,
+            min_terms=1,
+            max_momentum=None,
+            average_gradients=False,
+        )
 
     def __post_init__(self) -> None:
         _check_part("QModel", self.batch_fraction, self.min_terms)
@@ -82,6 +103,9 @@ class QModel:
 class Statistics:
     """How statistics are estimated, as an `estimation_mode` with options.
 
+    What is not set is the automatic recipe's; a mode by its name is
+    `Statistics.whole(mode)`.
+
     Args:
         mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`.
         batch_fraction: of the examples that statistics are taken on, in (0, 1]: every
@@ -98,14 +122,23 @@ class Statistics:
         ValueError: a value out of range, or in `"empirical"` mode, whose gradients are
             those of the user's own backward, a part of the batch or another forward.
 
-    >>> Statistics(batch_fraction=0.25).stride(1000)
+    >>> Statistics(mode="curvature_prop").stride(1000)
     4
     """
 
     mode: str = "gradients"
-    batch_fraction: float = 1.0
-    min_terms: int = 1
-    rerun_above: float = math.inf
+    batch_fraction: float = 0.25
+    min_terms: int = 128
+    rerun_above: float = _LARGE
+
+    @classmethod
+    def whole(cls, mode: str = "gradients") -> Statistics:
+        """Return those of the whole batch, in the user's own backward.
+
+        >>> Statistics.whole("exact").may_rerun
+        False
+        """
+        return cls(mode=mode, batch_fraction=1.0, min_terms=1, rerun_above=math.inf)
 
     def __post_init__(self) -> None:
         check_choice("Statistics: mode", self.mode, ESTIMATION_MODES)
@@ -120,7 +153,7 @@ class Statistics:
                 raise ValueError(
                     f"Statistics: {name}: expected {never} in the empirical mode, which "
                     "takes the gradients of the user's backward, got "
-                    f"{getattr(self, name)!r}"
+                    f'{getattr(self, name)!r}; use estimation_mode="empirical"'
                 )
 
     @property
@@ -196,13 +229,6 @@ AbsoluteDamping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquard
 Damping: TypeAlias = "AbsoluteDamping | RelativeDamping"
 
 
-def automatic() -> QModel:
-    """Return the momentum type of an optimizer that was given no `lr`."""
-    return QModel(
-        batch_fraction=0.0625, min_terms=64, max_momentum=0.95, average_gradients=True
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pace:
     """How often, and of how much, the curvature is estimated: what each None stands for.
@@ -245,25 +271,37 @@ class Pace:
             ValueError: a mode or an interval that there is not.
         """
         early = _EARLY_UPDATES if cov_update_every is None else 0
-        given = {"statistics": cov_update_every, "inverses": invert_every}
         decay, covs, inverses = _AUTOMATIC if automatic else _CLASSIC
         if estimation_mode is None:
-            estimation_mode = Statistics(
-                batch_fraction=0.25, min_terms=128, rerun_above=_LARGE
-            )
+            estimation_mode = Statistics()
         elif isinstance(estimation_mode, str):
             check_choice("estimation_mode", estimation_mode, ESTIMATION_MODES)
-            estimation_mode = Statistics(mode=estimation_mode)
+            estimation_mode = Statistics.whole(estimation_mode)
         covs = covs if cov_update_every is None else cov_update_every
         check_count("cov_update_every", covs, 1)
+        invert_every, is_free = with_interval(invert_every, inverses)
+        given = {"statistics": cov_update_every is None, "inverses": is_free}
         return cls(
             statistics=estimation_mode,
             cov_ema_decay=decay if cov_ema_decay is None else cov_ema_decay,
             cov_update_every=covs,
-            invert_every=inverses if invert_every is None else invert_every,
+            invert_every=invert_every,
             early_updates=early,
-            free=tuple(name for name, steps in given.items() if steps is None),
+            free=tuple(name for name, free in given.items() if free),
         )
+
+
+def with_interval(invert_every: Any, least: int) -> tuple[Any, bool]:
+    """Return an `invert_every` whose interval is known, and whether it was not given.
+
+    >>> with_interval(None, 6), with_interval(4, 6)
+    ((6, True), (4, False))
+    """
+    if invert_every is None:
+        return least, True
+    if getattr(invert_every, "every", least) is None:  # of a `Refresh`
+        return replace(invert_every, every=least), True
+    return invert_every, False
 
 
 @dataclass(frozen=True)
@@ -316,6 +354,15 @@ def choose(
     return Chosen(kind, damping, region, options)
 
 
+def is_automatic(lr: float | None, momentum_type: str | QModel | None) -> bool:
+    """Return whether what is not set is the automatic recipe's.
+
+    >>> is_automatic(None, None), is_automatic(1.0, QModel()), is_automatic(None, "qmodel")
+    (True, True, False)
+    """
+    return isinstance(momentum_type, QModel) or (momentum_type is None and lr is None)
+
+
 def resolve(
     lr: float | None,
     momentum_type: str | QModel | None,
@@ -326,18 +373,18 @@ def resolve(
 
     >>> resolve(0.1, None, 1e-2, "auto")
     ('regular', 0.01, 'auto')
-    >>> resolve(None, None, None, "auto")[2]
+    >>> resolve(None, QModel(batch_fraction=0.5), None, "auto")[2]
     TrustRegion(fraction=0.1, final=0.03, decay_steps=20.0, unit=None)
     """
-    is_automatic = momentum_type is None and lr is None
+    automatic = is_automatic(lr, momentum_type)
     if momentum_type is None:
-        momentum_type = automatic() if is_automatic else "regular"
+        momentum_type = QModel() if automatic else "regular"
     elif momentum_type in ("qmodel", "qmodel_fixedmu"):
-        momentum_type = QModel(fixed_momentum=momentum_type == "qmodel_fixedmu")
+        momentum_type = QModel.exact(fixed_momentum=momentum_type == "qmodel_fixedmu")
     if damping is None:
         modelled = isinstance(momentum_type, QModel)
         damping = RelativeDamping() if modelled else RelativeDamping(0.1)
-    if is_automatic and norm_constraint == "auto":
+    if automatic and norm_constraint == "auto":
         norm_constraint = TrustRegion(fraction=0.1, final=0.03)
     return momentum_type, damping, norm_constraint
 

@@ -30,7 +30,7 @@ from .layer_choice import Layers
 from .layer_collection import LayerCollection
 from .loss_collection import Output
 from .loss_functions import LossFactory
-from .options import Damping, Statistics, check_count, damping_at
+from .options import Damping, Statistics, check_count, damping_at, with_interval
 from .preconditioning import (
     Schedule,
     dense_gradients,
@@ -67,8 +67,8 @@ class KFACPreconditioner:
         damping: λ, in units of the Fisher of the mean loss; a number, a callable of the
             number of steps taken, or either in a `RelativeDamping`. None is
             `RelativeDamping(0.1)`.
-        estimation_mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`, or
-            a `Statistics`, which has options.
+        estimation_mode: `"gradients"`, `"curvature_prop"`, `"exact"` or `"empirical"`, of
+            the whole batch, or a `Statistics`, which has options, of part of it.
         cov_ema_decay: of the factors' moving average, in [0, 1].
         cov_update_every: steps between statistics.
         invert_every: steps between refreshes of the inverses, or a `Refresh`, which has
@@ -133,8 +133,8 @@ class KFACPreconditioner:
                 f"{norm_constraint!r}"
             )
         check_count("cov_update_every", cov_update_every, 1)
-        free = ("inverses",) if invert_every is None else ()
-        invert_every = as_refresh(_INVERT_EVERY if invert_every is None else invert_every)
+        every, is_free = with_interval(invert_every, _INVERT_EVERY)
+        free, invert_every = ("inverses",) if is_free else (), as_refresh(every)
         check_device(invert_every, model)
         self.damping = damping_at(given, 0)
         self.damping_unit: float | None = None

@@ -75,6 +75,7 @@ class Schedule:
     ) -> None:
         self._estimator = estimator
         self._refresh = refresh = as_refresh(invert_every)
+        assert refresh.every is not None
         every = refresh.every
         self.plan = RefreshPlan(estimator.blocks, refresh)
         set_bases(estimator.blocks, refresh)
@@ -171,7 +172,7 @@ class Schedule:
             return
         calls = [call for call in self._estimator.capture.forwards if call.arrived]
         stride = self._model.stride(calls[0].num_terms) if self._model and calls else None
-        costs = self._estimator.step_costs(forward_cost, stride)
+        costs = self._estimator.step_costs(forward_cost, stride, self._refresh.basis_every)
         self._set_intervals(costs.amortised(self._least, self._free))
         found, least = self.intervals, self._least
         if (found.statistics, found.inverses) != (least.statistics, least.inverses):
@@ -260,7 +261,7 @@ class Schedule:
             # A step that is left out leaves what was due to the next one.
             new = self.plan.due_at(self.num_steps)
             self.layers_due += [name for name in new if name not in self.layers_due]
-        elif self.num_steps % self._refresh.every == 0:
+        elif self.num_steps % self.intervals.inverses == 0:
             self.inverses_due = True
 
     def state_dict(self) -> dict[str, Any]:

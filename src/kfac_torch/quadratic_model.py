@@ -10,10 +10,11 @@ at the output, `N` the loss terms, `λ` the damping, `ℓ` the coefficient of a 
 `A` is the *exact* Fisher of the mini-batch, by forward-mode differentiation: one pass for
 all directions, by the rules of `tangents.py` or by `torch.func`, or one each where an
 operation cannot do that, and no backward; an operation without a forward mode is
-differentiated backward twice. With `D = [p, δ_prev]` the minimiser is the step of Martens &
-Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The weights are solved for in float64
-where the device has it, since the two directions tend to be nearly parallel. Left out:
-which directions (the optimizer's business), and how `λ` follows (`damping.py`).
+differentiated backward twice; `ways.py` remembers which. With `D = [p, δ_prev]` the
+minimiser is the step of Martens & Grosse 2015 (arXiv 1503.05671), sections 6.4 and 7. The
+weights are solved for in float64 where the device has it, since the two directions tend to
+be nearly parallel. Left out: which directions (the optimizer's business), and how `λ`
+follows (`damping.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from .fused import ComputeByParts
 from .loss_functions import LossFunction
 from .tangents import Dual, NoRule, load_forward_mode, one_pass
+from .ways import RULES, TOGETHER, Route
 
 _WIDE = (torch.float32, torch.float64)
 _LONG = 2**14  # elements from which on a copy costs more than a few calls
@@ -201,6 +203,7 @@ def fisher_products(
     params: Mapping[str, Tensor],
     directions: Sequence[Mapping[str, Tensor]],
     weights: Sequence[Sequence[TermWeights]] = (),
+    route: Route | None = None,
 ) -> Tensor:
     """Return `A [k, k]`, the exact Fisher of the mean loss between directions.
 
@@ -211,6 +214,7 @@ def fisher_products(
         params: the parameters, by name; others than these stay as they are.
         directions: `d_i`, by the same names.
         weights: of the loss terms, by forward and loss, where they do not all weigh 1.
+        route: says where to begin, and is told which way it went.
 
     Raises:
         RuntimeError: an operation in the network has no forward-mode derivative.
@@ -233,10 +237,11 @@ def fisher_products(
     """
     sums: list[Tensor] = []  # per loss of a network
     terms: list[Tensor | float] = []
+    route = Route() if route is None else route
     weights_of = itertools.chain(weights, itertools.repeat(()))
     for forward, some in zip(forwards, weights_of, strict=False):
         for j, (columns, count) in enumerate(
-            _factor_products(forward, losses, params, directions, some)
+            _factor_products(forward, losses, params, directions, some, route)
         ):
             gram = products([[column] for column in columns])
             if j == len(sums):
@@ -259,9 +264,10 @@ def _factor_products(
     params: Mapping[str, Tensor],
     directions: Sequence[Mapping[str, Tensor]],
     weights: Sequence[TermWeights],
+    route: Route,
 ) -> list[tuple[Sequence[Tensor], Tensor | float]]:
     """`√coeff Bᵀ J d` of every direction, and the number of loss terms, for each loss."""
-    found = _found(forward, losses, params, directions)
+    found = _found(forward, losses, params, directions, route)
     result = list[tuple[Sequence[Tensor], Tensor | float]]()
     weights = [*weights, *[None] * (len(found) - len(weights))]
     # Here the losses have no tangents any more.
@@ -278,18 +284,21 @@ def _found(
     losses: Losses,
     params: Mapping[str, Tensor],
     directions: Sequence[Mapping[str, Tensor]],
+    route: Route,
 ) -> Tangents:
     """`J d` by the first way that the operations of the network can go."""
     load_forward_mode()
-    try:
-        return _by_rules(forward, losses, params, directions)
-    except Exception:  # a model may stumble over a Dual in any way
-        pass  # an error that is the model's own comes again below, and is raised there
-    if len(directions) > 1:
+    if route.first <= RULES:
+        try:
+            return _by_rules(forward, losses, params, directions)
+        except Exception:  # a model may stumble over a Dual in any way
+            # An error that is the model's own comes again below, and is raised there.
+            route.closed(RULES)
+    if len(directions) > 1 and route.first <= TOGETHER:
         try:
             return _together(forward, losses, params, directions)
         except (NotImplementedError, RuntimeError):
-            pass  # the last way says which operation
+            route.closed(TOGETHER)  # the last way says which operation
     return _one_by_one(forward, losses, params, directions)
 
 

@@ -30,7 +30,8 @@ class Refresh:
     The first steps refresh all, whatever the intervals.
 
     Args:
-        every: steps between refreshes of a layer.
+        every: steps between refreshes of a layer; None for as many as where no
+            `invert_every` is given.
         staggered: spread the layers over these steps by cost, so that no step refreshes
             all of them; a layer's turn comes once every so many steps as before. A λ that
             changes is then taken up by each layer at its turn, where else a λ that adapts
@@ -59,7 +60,7 @@ class Refresh:
     Refresh(every=10, staggered=True, basis_every=1, ..., background=3, ...)
     """
 
-    every: int = 5
+    every: int | None = None
     staggered: bool = False
     basis_every: int = 1
     basis_tolerance: float | None = None
@@ -68,7 +69,7 @@ class Refresh:
     early: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("Refresh: every", self.every, 1)
+        check_count("Refresh: every", 1 if self.every is None else self.every, 1)
         check_count("Refresh: early", 1 if self.early is None else self.early, 1)
         check_count("Refresh: basis_every", self.basis_every, 1)
         tolerance = self.basis_tolerance
@@ -79,7 +80,7 @@ class Refresh:
             )
         if self.background is not None:
             check_count("Refresh: background", self.background, 1)
-            if self.background > self.every:
+            if self.every is not None and self.background > self.every:
                 raise ValueError(
                     "Refresh: background: expected at most the steps between two "
                     f"refreshes, every={self.every}, got {self.background}"
@@ -113,7 +114,7 @@ class RefreshPlan:
 
     Args:
         blocks: by layer, with factors.
-        options: see `Refresh`.
+        options: see `Refresh`; its `every` is known.
 
     Attributes:
         periods: in steps, by layer.
@@ -123,6 +124,7 @@ class RefreshPlan:
     """
 
     def __init__(self, blocks: Mapping[str, FisherBlock], options: Refresh) -> None:
+        assert options.every is not None
         self.costs = {
             name: sum(factor.refresh_cost for factor in block.factors)
             for name, block in blocks.items()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .gradient_noise import GradientNoise
+from .ways import Ways
 
 PHASES = ("statistics", "inverses", "closure", "step")
 """What K-FAC's own time goes to; the user's forward and backward are in none."""
@@ -127,6 +128,7 @@ class Step:
         norm_scale: see `StepRecord`.
         region_scale: see `StepRecord`.
         noise: what is known of the gradient's noise, after this step.
+        ways: what is known of the quadratic model's ways, after this step.
     """
 
     params: list[Tensor]
@@ -139,6 +141,7 @@ class Step:
     norm_scale: Tensor | None = None
     region_scale: Tensor | None = None
     noise: GradientNoise = field(default_factory=GradientNoise)
+    ways: Ways = field(default_factory=Ways)
 
     def norm(self) -> Tensor:
         """Return `‖δ‖` of all parameters, 0-dim."""

@@ -37,6 +37,7 @@ from .quadratic_model import (
 from .replay import every_kth, rerun, thin_weights
 from .steps import Step
 from .trials import Trial
+from .ways import Route, Ways
 
 _MAX_MOMENTUM_WITHOUT_NOISE = 0.99
 
@@ -76,6 +77,7 @@ class UpdateRule:
         self._trust_region = trust_region
         self.num_steps = 0
         self.noise = GradientNoise()  # of the steps so far
+        self.ways = Ways()
         chosen = estimator.layers.is_chosen
         self._announced = {name for name in names.values() if chosen(name)}
         rule = damping.damping if isinstance(damping, RelativeDamping) else damping
@@ -107,9 +109,22 @@ class UpdateRule:
             "trust region": self._trust_region,
         }
 
-    def restore_rule(self, adapts: bool) -> None:
-        """Let λ adapt as at the start, or not at all, where nothing told the loss."""
-        self.rule = self._first_rule if adapts else None
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known from the steps so far, as plain data and tensors."""
+        return {
+            "adapts": self.rule is not None,
+            "noise": self.noise.state_dict(),
+            "ways": vars(self.ways).copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; older states have no `ways`.
+
+        λ adapts as at the start, or not at all, where nothing told the loss.
+        """
+        self.rule = self._first_rule if state["adapts"] else None
+        self.noise = GradientNoise(**state["noise"])
+        self.ways = Ways(**state.get("ways", {}))
 
     @property
     def modelled(self) -> bool:
@@ -298,7 +313,8 @@ class UpdateRule:
                 moves = [float(share > 0) for share in shares]
                 previous = list(torch._foreach_mul(previous, moves))
             directions.append(previous)
-        model = self._quadratic_model(params, grads, directions)
+        route = Route(self.ways.first(self.num_steps))
+        model = self._quadratic_model(params, grads, directions, route)
         weights = model.minimize(total, fixed, self._max_momentum())
         weights = weights if lr is None else lr * weights
         weights, scales = self._limited(model, weights, total, trial)
@@ -320,6 +336,7 @@ class UpdateRule:
             model.change(weights, self._included()),
             *scales,
             noise=noise,
+            ways=self.ways.after(route.way),
         )
 
     def _averaged(
@@ -378,7 +395,11 @@ class UpdateRule:
         return self._group["trust_region"] * shape * size
 
     def _quadratic_model(
-        self, params: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]]
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        directions: list[list[Tensor]],
+        route: Route,
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
         known = self._estimator.capture.forwards
@@ -415,6 +436,7 @@ class UpdateRule:
                     ]
                     for call in calls
                 ],
+                route,
             )
         finally:
             if now is not None:

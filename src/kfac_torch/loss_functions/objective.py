@@ -108,7 +108,8 @@ def _objective_of_criterion(criterion: nn.Module) -> Objective:
         return Objective(factory, reduction, per_output=mean)
     raise ValueError(
         "loss: expected nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, got "
-        f"{criterion}; pass a LossFunction class or factory for any other loss"
+        f"{criterion}; a sigmoid or softmax at the end of a net is the criterion's to "
+        "take; pass a LossFunction class or factory for any other loss"
     )
 
 
