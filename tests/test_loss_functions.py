@@ -444,6 +444,31 @@ def test_shapes_of_samples(kind):
     assert loss.sample().shape == expected.get(kind, (4, 6, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_classes_are_drawn_with_their_probabilities(dtype):
+    p = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0])
+    logits = p.log().to(dtype).repeat(20_000, 1)
+    loss = CategoricalLogitsNegativeLogProbLoss(logits)
+    counts = loss.sample(torch.Generator().manual_seed(0)).bincount(minlength=6)
+    assert ((counts == 0) == (p == 0)).all()
+    error = (20_000 * p * (1 - p)).sqrt()
+    assert ((counts - 20_000 * p).abs() <= 4.5 * error).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0])  # 1: the largest that rounding may make of it
+def test_the_ends_of_the_unit_interval_draw_classes_that_are_possible(monkeypatch, u):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]], dtype=torch.float32)
+    expected = [1] if u == 0 else [2]
+    assert CategoricalLogitsNegativeLogProbLoss(logits).sample().tolist() == expected
+
+
+def test_of_a_nan_a_class_is_drawn():
+    logits = torch.tensor([[math.nan, 0.0, 1.0]])
+    sample = CategoricalLogitsNegativeLogProbLoss(logits).sample()
+    assert 0 <= sample.item() < 3
+
+
 @pytest.mark.parametrize("kind", NEGATIVE_LOG_PROB)
 def test_a_loss_without_targets_has_no_value(kind):
     loss = NEGATIVE_LOG_PROB[kind](torch.randn(4, 6))

@@ -22,9 +22,9 @@ LEAST_SIZE = 1024
 """The size from which on this is faster than torch."""
 
 _LEAF = 256  # up to which a block is torch's
-_SOLVED = 512  # up to which a triangular system is torch's
-_STRIP = 256  # rows of a symmetric product, of which half would be work for nothing
-_TILE = 256  # a block that is transposed in the cache
+_SOLVED = 640  # up to which a triangular system is torch's
+_STRIP = 128  # rows of a symmetric product, of which half would be work for nothing
+_MIRRORED = 64  # rows that are mirrored at once
 
 
 def cholesky_in_place(C: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _invert(L: Tensor, out: Tensor) -> None:
     _invert(L[h:, h:], D)
     _mirror(D)
     X = out[:h, h:].mT  # in the triangle that is free until the end
-    torch.linalg.solve_triangular(L[:h, :h], L[h:, :h], upper=False, left=False, out=X)
+    _solve_lower(L[:h, :h], L[h:, :h], X)
     off = out[h:, :h]
     torch.addmm(off, D, X, beta=0, alpha=-1, out=off)
     _invert(L[:h, :h], out[:h, :h])
@@ -105,12 +105,27 @@ def _solve_upper(U: Tensor, B: Tensor) -> None:
     """Replace `B` by `B U⁻¹`, `U` upper triangular."""
     n = len(U)
     if n <= _SOLVED:
+        # Much faster of a matrix without gaps between its columns.
+        U = U.contiguous()
         torch.linalg.solve_triangular(U, B, upper=True, left=False, out=B)
         return
     h = n // 2
     _solve_upper(U[:h, :h], B[:, :h])
     B[:, h:].addmm_(B[:, :h], U[:h, h:], alpha=-1)
     _solve_upper(U[h:, h:], B[:, h:])
+
+
+def _solve_lower(L: Tensor, B: Tensor, out: Tensor) -> None:
+    """Write `B L⁻¹`, `L` lower triangular; `out` may be `B`."""
+    n = len(L)
+    if n <= _SOLVED:
+        L = L.mT.contiguous().mT
+        torch.linalg.solve_triangular(L, B, upper=False, left=False, out=out)
+        return
+    h = n // 2
+    _solve_lower(L[h:, h:], B[:, h:], out[:, h:])
+    torch.addmm(B[:, :h], out[:, h:], L[h:, :h], alpha=-1, out=out[:, :h])
+    _solve_lower(L[:h, :h], out[:, :h], out[:, :h])
 
 
 def _subtract_product(C: Tensor, left: Tensor, right: Tensor) -> None:
@@ -122,9 +137,7 @@ def _subtract_product(C: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _mirror(C: Tensor) -> None:
     """Copy the lower triangle to the upper one."""
-    for i in range(0, len(C), _TILE):
-        rows = slice(i, i + _TILE)
-        for j in range(0, i, _TILE):
-            columns = slice(j, j + _TILE)
-            C[columns, rows].copy_(C[rows, columns].mT)
+    for i in range(0, len(C), _MIRRORED):
+        rows = slice(i, i + _MIRRORED)
+        C[:i, rows].copy_(C[rows, :i].mT)
         C[rows, rows].copy_(C[rows, rows].tril() + C[rows, rows].tril(-1).mT)

@@ -100,8 +100,10 @@ class CategoricalLogitsNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         """Draw class indices, of the shape of `z` without the classes."""
         p = self._p().movedim(self._class_dim, -1)
         rows = p.reshape(-1, p.shape[-1])
-        # multinomial is not written for half precision everywhere
+        # half precision: too coarse to add up, and multinomial is not there everywhere
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if rows.device.type == "cpu":  # multinomial draws a number for every class there
+            return _inverse_cdf(rows, generator).view(p.shape[:-1])
         return torch.multinomial(rows, 1, generator=generator).view(p.shape[:-1])
 
     def evaluate_on_targets(self, targets: Tensor) -> Tensor:
@@ -215,3 +217,13 @@ class OnehotCategoricalLogitsNegativeLogProbLoss(CategoricalLogitsNegativeLogPro
 
 def _negative(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else -scale
+
+
+def _inverse_cdf(p: Tensor, generator: Generator | None) -> Tensor:
+    """Draw one class of every row of `p [R, classes]`; never one of probability 0."""
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:].contiguous()
+    u = torch.rand(total.shape, generator=generator, dtype=p.dtype, device=p.device) * total
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # rounded up
+    # A NaN has its way through the gradient, which is looked at.
+    return torch.searchsorted(cdf, u, right=True).clamp_(max=p.shape[-1] - 1)
