@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from kfac_torch import KFAC, QModel
-from kfac_torch.gradient_noise import GradientNoise
+from kfac_torch.gradient_noise import GradientNoise, fingerprint
 from kfac_torch.options import TrustRegion
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -109,16 +109,20 @@ def test_what_is_kept_is_apart_from_the_gradients():
 def test_without_noise_the_whole_batch_makes_the_quadratic_model_later():
     """And the momentum may be larger; a look is taken at every tenth step from 60 on."""
     little, much = (GradientNoise(torch.tensor(fraction)) for fraction in (0.05, 0.5))
-    assert [little.looked_at(step).negligible for step in (59, 60, 61, 70)] == [
+    assert [
+        little.looked_at(step, lambda: None).negligible for step in (59, 60, 61, 70)
+    ] == [
         False,
         True,
         False,
         True,
     ]
-    assert not much.looked_at(60).negligible
-    known = little.looked_at(60).after(-torch.ones(()), torch.zeros(()))
-    assert known.seen(torch.ones(())).looked_at(61).negligible  # until the next look
-    assert not known.seen(torch.ones(())).looked_at(70).negligible
+    assert not much.looked_at(60, lambda: None).negligible
+    known = little.looked_at(60, lambda: None).after(-torch.ones(()), torch.zeros(()))
+    assert (
+        known.seen(torch.ones(())).looked_at(61, lambda: None).negligible
+    )  # until the next look
+    assert not known.seen(torch.ones(())).looked_at(70, lambda: None).negligible
     x, y = torch.randn(20, 4), torch.randn(20, 2)
     model, seen = linear(), []
     optimizer = KFAC(
@@ -134,3 +138,52 @@ def test_without_noise_the_whole_batch_makes_the_quadratic_model_later():
         seen.clear()
         optimizer.step()
         assert (min(seen) == len(x)) == (step > 60)
+
+
+def test_a_fingerprint_is_that_of_the_examples_in_any_order():
+    x, y = torch.randn(50, 4, dtype=torch.float32), torch.randint(9, (50, 3))
+    order = torch.randperm(50)
+    here, there = fingerprint([x, {"y": y}]), fingerprint([x[order], {"y": y[order]}])
+    torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
+    one_hot = torch.eye(9)[y]  # of which all norms are alike
+    for another in (torch.randn_like(x), 1.001 * x):
+        assert (fingerprint([another, y]) - fingerprint([x, y])).norm() > 1e-4
+    shifted = torch.eye(9)[(y + 1) % 9]
+    assert (fingerprint([one_hot]) - fingerprint([shifted])).norm() > 1e-4
+    assert fingerprint([3, None, torch.zeros(0)]) is None
+    assert fingerprint([torch.tensor(2.0), torch.ones(2, 1) * 1j]).isfinite().all()
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_batch_that_repeats_is_seen_where_the_model_is_of_a_part(monkeypatch, repeats):
+    """Of a part, ν is far from 0 however often the batch comes again."""
+    monkeypatch.setattr("kfac_torch.gradient_noise._FIRST_LOOK", 10)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(64, 6), torch.randn(64, 2)
+    batches = [
+        (x[order], y[order]) if repeats else (torch.randn(64, 6), torch.randn(64, 2))
+        for order in (torch.randperm(64) for _ in range(40))
+    ]
+    optimizer = KFAC(
+        model, "normal", momentum_type=QModel(batch_fraction=1 / 16, min_terms=1)
+    )
+    seen = []
+    for a, b in batches:
+        optimizer.zero_grad()
+        (0.5 * mse_loss(model(a), b, reduction="sum") / len(a)).backward()
+        optimizer.step()
+        seen.append(optimizer._updates.noise.repeats)
+    assert not any(seen[:10])
+    assert seen[10:] == [repeats] * 30
+
+
+def test_batches_that_come_in_turn_do_not_repeat(monkeypatch):
+    monkeypatch.setattr("kfac_torch.gradient_noise._FIRST_LOOK", 10)
+    model = linear()
+    ten = [(torch.randn(20, 4), torch.randn(20, 2)) for _ in range(10)]
+    optimizer = KFAC(model, "normal", momentum_type=AVERAGED, **SMALL)
+    for x, y in 3 * ten:
+        optimizer.zero_grad()
+        (0.5 * mse_loss(model(x), y, reduction="sum") / len(x)).backward()
+        optimizer.step()
+        assert not optimizer._updates.noise.repeats

@@ -185,7 +185,7 @@ def test_a_run_that_diverges_trains_where_steps_are_taken_back(momentum):
             lr=1.0,
             momentum=momentum,
             norm_constraint=None,
-            damping=LevenbergMarquardt(initial=1e-5, reject_below=limit),
+            damping=LevenbergMarquardt(initial=1e-6, reject_below=limit),
             cov_update_every=1,
             invert_every=5,
         )
@@ -197,4 +197,4 @@ def test_a_run_that_diverges_trains_where_steps_are_taken_back(momentum):
         optimizer.close()
     first = functional.cross_entropy(model(x), y).item()
     assert ends[0.25] < 0.1 * first
-    assert ends[0.25] < 0.1 * ends[None]
+    assert ends[None] > first

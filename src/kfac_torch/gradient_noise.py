@@ -12,16 +12,20 @@ This costs one inner product a step and no further gradient. Against the noise `
 applied to an average `m ← β m + (1 − β) g`, where β is a moving average `ν̄` that starts at
 0, up to 0.7: full batches keep their own gradient, whose age would slow them down.
 Where after a while there is next to no noise, only that of our own estimates is left:
-`negligible`, looked at every tenth step. Left out: the step (`updates.py`).
+`negligible`, looked at every tenth step. An `F` of part of the batch has noise of its own,
+of which ν may be 0.5 where the batch is one and the same; so the batch itself is looked at
+too, whether it is that of the step before. Left out: the step (`updates.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _MEMORY = 0.8  # of ν̄: some five steps
 _NEGLIGIBLE = 0.1
@@ -38,6 +42,8 @@ class GradientNoise:
         slope: `gᵀδ` of the last step, 0-dim; None where there was none.
         expected: `gᵀδ + δᵀFδ`.
         negligible: whether `ν̄` was below a tenth at the last look.
+        repeats: whether the batch of the last look was that of the step before.
+        batch: the fingerprint of a batch that the next one is to be held to.
 
     >>> noise = GradientNoise()
     >>> for slope in (0.0, -1.0, -0.5, -0.5):  # of this step's gradient along the last step
@@ -51,27 +57,50 @@ class GradientNoise:
     slope: Tensor | None = None
     expected: Tensor | None = None
     negligible: bool = False
+    repeats: bool = False
+    batch: Tensor | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether what is left may be the noise of our own estimates alone."""
+        return self.negligible or self.repeats
 
     def seen(self, slope: Tensor) -> GradientNoise:
         """Return what is known with the slope `g₊ᵀδ` along the last step, 0-dim."""
         if self.slope is None or self.expected is None:
-            return GradientNoise(negligible=self.negligible)
+            return self.restarted()
         size = self.slope.abs()
         part = (slope - self.expected) / torch.where(size > 0, size, torch.inf)
         new = part.nan_to_num(0.0).clamp(0.0, 1.0)
         old = torch.zeros_like(new) if self.fraction is None else self.fraction
         fraction = torch.lerp(new, old, _MEMORY)
-        return GradientNoise(fraction, negligible=self.negligible)
+        return replace(self, fraction=fraction, slope=None, expected=None)
+
+    def restarted(self) -> GradientNoise:
+        """Return what is left of it where there was no step."""
+        return replace(self, fraction=None, slope=None, expected=None)
 
     def after(self, slope: Tensor, curvature: Tensor) -> GradientNoise:
         """Return what is known after a step with `gᵀδ` and `δᵀFδ`, 0-dim."""
         return replace(self, slope=slope, expected=slope + curvature)
 
-    def looked_at(self, step: int) -> GradientNoise:
-        """Return the same, at some steps with a new look at whether it is negligible."""
-        if self.fraction is None or step < _FIRST_LOOK or step % _LOOK_EVERY:
+    def looked_at(self, step: int, batch: Callable[[], Tensor | None]) -> GradientNoise:
+        """Return the same, at some steps with a new look.
+
+        Args:
+            step: its number.
+            batch: returns the fingerprint of its batch.
+        """
+        if self.fraction is None or step < _FIRST_LOOK - 1:
             return self
-        return replace(self, negligible=bool(self.fraction < _NEGLIGIBLE))
+        if (step + 1) % _LOOK_EVERY == 0:
+            return replace(self, batch=batch())
+        if step % _LOOK_EVERY:
+            return self
+        now = None if self.batch is None else batch()
+        repeats = self.batch is not None and now is not None and _alike(self.batch, now)
+        negligible = bool(self.fraction < _NEGLIGIBLE)
+        return replace(self, negligible=negligible, repeats=repeats, batch=None)
 
     def averaged(self, grads: list[Tensor], average: list[Tensor]) -> list[Tensor]:
         """Return `β m + (1 − β) g`, of `m` in `average`; changes nothing."""
@@ -83,3 +112,35 @@ class GradientNoise:
     def state_dict(self) -> dict[str, Any]:
         """Return what restores it."""
         return vars(self).copy()
+
+
+def fingerprint(arguments: Sequence[Any]) -> Tensor | None:
+    """Return numbers that batches of the same examples share, in whatever order.
+
+    Of every tensor `x` its norm, and those of its sum over examples and of some weights.
+
+    Args:
+        arguments: what the model was called with; None where there is no tensor.
+
+    >>> examples = torch.tensor([[3.0, 4.0], [0.0, 12.0]])
+    >>> fingerprint([examples]), fingerprint([examples.flip(0)])
+    (tensor([13.0000, 11.6448]), tensor([13.0000, 11.6448]))
+    """
+    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.numel()]
+    if not tensors:
+        return None
+    numbers = list[Tensor]()
+    for tensor in tensors:
+        x = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        total = x.sum(0).flatten() if x.dim() else x.flatten()
+        weights = torch.arange(len(total), dtype=x.dtype, device=x.device).cos_()
+        numbers += [torch.linalg.vector_norm(x), total @ weights]
+    return torch.stack([number.to(numbers[0]) for number in numbers])
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether they are equal but for rounding: examples in another order."""
+    if one.shape != other.shape:
+        return False
+    return bool((one.to(other) - other).norm() <= 1e-5 * other.norm())

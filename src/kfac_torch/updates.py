@@ -24,7 +24,7 @@ from .capture import RootCall, random_state, set_random_state, uncompiled
 from .damping import LevenbergMarquardt, RelativeDamping
 from .estimator import FisherEstimator
 from .fisher_blocks import FisherBlock
-from .gradient_noise import GradientNoise
+from .gradient_noise import GradientNoise, fingerprint
 from .loss_functions import LossFunction
 from .options import Damping, QModel, TrustRegion
 from .plain_updates import plain_options, propose_plain
@@ -348,10 +348,10 @@ class UpdateRule:
         if not self._qmodel.average_gradients:
             return self.noise, grads
         if not any("previous_update" in state[p] for p in params):
-            noise = GradientNoise(negligible=self.noise.negligible)
+            noise = self.noise.restarted()
             return noise, noise.averaged(grads, grads)
         slope = _dot(grads, self._remembered(params, "previous_update"))
-        noise = self.noise.seen(slope).looked_at(self.num_steps)
+        noise = self.noise.seen(slope).looked_at(self.num_steps, self._fingerprint)
         average = [
             state[p].get("average_gradient", g) for p, g in zip(params, grads, strict=True)
         ]
@@ -402,10 +402,7 @@ class UpdateRule:
         route: Route,
     ) -> QuadraticModel:
         names = [self._names[p] for p in params]
-        known = self._estimator.capture.forwards
-        # Forwards that no backward has reached are no part of the batch.
-        calls = [call for call in known if call.arrived] or known
-        device = params[0].device
+        calls, device = self._calls(), params[0].device
         now = random_state(device) if calls else None
 
         def forwards() -> Iterable[Callable[..., Any]]:
@@ -444,10 +441,18 @@ class UpdateRule:
         gram = products([*directions, grads])
         return QuadraticModel(curvature.to(gram), gram[:-1, :-1], gram[-1, :-1])
 
+    def _calls(self) -> Sequence[RootCall]:
+        """The micro-batches: forwards that no backward has reached are no part of it."""
+        known = self._estimator.capture.forwards
+        return [call for call in known if call.arrived] or known
+
+    def _fingerprint(self) -> Tensor | None:
+        return fingerprint([(call.args, call.kwargs) for call in self._calls()])
+
     def _stride(self, call: RootCall) -> int:
         """One example in so many makes the model; all where only its noise is left."""
         assert self._qmodel is not None
-        return 1 if self.noise.negligible else self._qmodel.stride(call.num_terms)
+        return 1 if self.noise.own else self._qmodel.stride(call.num_terms)
 
     def _max_momentum(self) -> float | None:
         assert self._qmodel is not None
