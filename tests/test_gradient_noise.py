@@ -150,7 +150,8 @@ def test_a_fingerprint_is_that_of_the_examples_in_any_order():
         assert (fingerprint([another, y]) - fingerprint([x, y])).norm() > 1e-4
     shifted = torch.eye(9)[(y + 1) % 9]
     assert (fingerprint([one_hot]) - fingerprint([shifted])).norm() > 1e-4
-    assert fingerprint([3, None, torch.zeros(0)]) is None
+    nested = torch.nested.nested_tensor([x[:2], x[:3]], layout=torch.jagged)
+    assert fingerprint([3, None, torch.zeros(0), torch.eye(3).to_sparse(), nested]) is None
     assert fingerprint([torch.tensor(2.0), torch.ones(2, 1) * 1j]).isfinite().all()
 
 

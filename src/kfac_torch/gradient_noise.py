@@ -120,13 +120,16 @@ def fingerprint(arguments: Sequence[Any]) -> Tensor | None:
     Of every tensor `x` its norm, and those of its sum over examples and of some weights.
 
     Args:
-        arguments: what the model was called with; None where there is no tensor.
+        arguments: what the model was called with; None where there is no dense tensor.
 
     >>> examples = torch.tensor([[3.0, 4.0], [0.0, 12.0]])
     >>> fingerprint([examples]), fingerprint([examples.flip(0)])
     (tensor([13.0000, 11.6448]), tensor([13.0000, 11.6448]))
     """
-    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.numel()]
+    leaves = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    # Not every operation is there for sparse and nested tensors.
+    tensors = [x for x in leaves if x.layout == torch.strided and not x.is_nested]
+    tensors = [x for x in tensors if x.numel()]
     if not tensors:
         return None
     numbers = list[Tensor]()
