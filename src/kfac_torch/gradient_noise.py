@@ -135,7 +135,7 @@ def fingerprint(arguments: Sequence[Any]) -> Tensor | None:
     numbers = list[Tensor]()
     for tensor in tensors:
         x = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        x = x.detach().to(x.dtype if x.dtype == torch.float64 else torch.float32)
         total = x.sum(0).flatten() if x.dim() else x.flatten()
         weights = torch.arange(len(total), dtype=x.dtype, device=x.device).cos_()
         numbers += [torch.linalg.vector_norm(x), total @ weights]
